@@ -1,0 +1,2 @@
+class LavinFolderMixin:
+    pass

@@ -1,0 +1,101 @@
+"""Folds an MMA adapter into the plain language model of one modality (method.md's identity; arXiv 2305.15023)."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+
+# Maps that read the input of an attention or MLP module, by architecture family.
+READERS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("c_attn",),
+    ("gate_proj", "up_proj"),
+    ("gate_up_proj",),
+    ("c_fc",),
+    ("fc1",),
+)
+MODALITIES = {"text": 0, "image": 1}
+
+
+@torch.no_grad()
+def fold_modality(model, modality: str):
+    """See `LavinForConditionalGeneration.merge_modality`."""
+    if modality not in MODALITIES:
+        raise ValueError(f"`modality` must be 'text' or 'image', got {modality!r}.")
+    if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError("A quantised base cannot be folded: load it without `quantization_config`.")
+    layers = model.model.routing.active_layers()
+    if not layers:
+        raise ValueError("No MMA adapter is active in the language model: there is nothing to fold.")
+    table = model.model.routing_table()
+
+    config = copy.deepcopy(model.config.text_config)
+    for flag in ("attention_bias", "mlp_bias"):
+        if hasattr(config, flag):
+            setattr(
+                config, flag, any(_is_mlp(layer) == (flag == "mlp_bias") for layer in layers) or getattr(config, flag)
+            )
+    dtype = model.get_input_embeddings().weight.dtype
+    with torch.device(model.device):
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    decoder = getattr(plain, plain.base_model_prefix)
+    for layer in layers:  # before anything is copied
+        _readers(decoder.get_submodule(_path(layer)), layer.key)
+
+    weights = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in model.model.language_model.state_dict().items()
+        if ".adapter_" not in name
+    }
+    new = {name: torch.zeros_like(tensor) for name, tensor in decoder.state_dict().items() if name not in weights}
+    decoder.load_state_dict({**weights, **new})
+    plain.lm_head.load_state_dict(model.lm_head.state_dict())
+    for row, layer in zip(table[:, MODALITIES[modality]], layers, strict=True):
+        _fold_layer(decoder.get_submodule(_path(layer)), layer, row)
+    plain.tie_weights()
+    if model.generation_config is not None:
+        plain.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    return plain.eval()
+
+
+def _path(layer) -> str:
+    return layer.key.removeprefix("language_model.")
+
+
+def _is_mlp(layer) -> bool:
+    return any(
+        name in dict(layer.base_layer.named_children()) for name in ("gate_proj", "gate_up_proj", "c_fc", "fc1")
+    )
+
+
+def _readers(module: nn.Module, key: str) -> list[nn.Module]:
+    names = next((names for names in READERS if all(hasattr(module, name) for name in names)), None)
+    if names is None:
+        raise ValueError(f"Cannot fold {key}: unknown maps {[name for name, _ in module.named_children()]}.")
+    maps = [getattr(module, name) for name in names]
+    if any(map.bias is None for map in maps):
+        raise ValueError(
+            f"{type(module).__name__} cannot take a bias on {', '.join(names)}, which a folded adapter needs: keep the "
+            "adapter attached for this architecture."
+        )
+    return maps
+
+
+def _fold_layer(module: nn.Module, layer, row: torch.Tensor):
+    down, config = layer.adapter_down[layer.active_name], layer.adapter_config[layer.active_name]
+    dense = layer.adapter_up[layer.active_name].dense(config.scale).double()
+    row = row.double()
+    experts = row.shape[0]
+    up = (row[:, None, None] * dense[:-experts].view(experts, config.r, -1)).sum(0).T  # U: (d, r)
+    shift = up @ down.bias.double() + row @ dense[-experts:]
+    for map in _readers(module, layer.key):
+        weight = map.weight.T if isinstance(map, Conv1D) else map.weight
+        wide = weight.double()
+        folded = wide + (wide @ up) @ down.weight.double()
+        map.bias.copy_(map.bias.double() + wide @ shift)
+        weight.copy_(folded)

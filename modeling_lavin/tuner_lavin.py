@@ -1,0 +1,426 @@
+"""The PEFT type `MMA`: Mixture-of-Modality Adapters (LaVIN, arXiv 2305.15023, sections 3.1 and 3.2)."""
+
+import math
+import re
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import peft.utils
+import torch
+import torch.nn.functional as F
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, PeftType
+from torch import nn
+
+
+TRAINED_MODULES = ("multi_modal_projector", "modality_embedding")
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+MLP_NAMES = ("mlp", "feed_forward", "ffn")
+TOWERS = ("vision_tower", "language_model")
+
+
+def _add_peft_type():
+    """Adds `MMA` to PEFT's closed enum. This file is imported twice in real life (installed, and as remote code)."""
+    if "MMA" not in PeftType.__members__:
+        member = str.__new__(PeftType, "MMA")
+        member._name_, member._value_ = "MMA", "MMA"
+        type.__setattr__(PeftType, "MMA", member)
+        PeftType._member_map_["MMA"] = PeftType._value2member_map_["MMA"] = member
+        PeftType._member_names_.append("MMA")
+
+
+_add_peft_type()
+
+
+@dataclass
+class MMAConfig(PeftConfig):
+    """
+    Configuration of an [`MMAModel`]. Every field has a `help` text in its metadata; the defaults are LaVIN-7B's.
+
+    Raises:
+        `ValueError`: if a field is out of range.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the adapter: the width between its two maps."})
+    groups: int = field(
+        default=2, metadata={"help": "Blocks of the block-diagonal up maps. Must divide `r` and both towers' widths."}
+    )
+    scale: float = field(default=1.0, metadata={"help": "Factor on the adapter's output (LaVIN's s)."})
+    router_temperature: float = field(
+        default=10.0, metadata={"help": "Temperature of the router's softmax (LaVIN: 10 for 7B, 5 for 13B)."}
+    )
+    dropout: float = field(default=0.1, metadata={"help": "Dropout between the two maps, in training only."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules whose input is adapted: names, or a regex on the full name. By default the attention "
+            "modules of both towers (and the MLPs where the two flags below say so)."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules left out although `target_modules` matches them: names or a regex."}
+    )
+    text_mlp: bool = field(
+        default=False, metadata={"help": "Adapt the language model's MLP inputs as well (the reference's `block`)."}
+    )
+    vision_mlp: bool = field(
+        default=False, metadata={"help": "Adapt the vision tower's MLP inputs as well (its `router_block`)."}
+    )
+    vision_router: bool = field(
+        default=True,
+        metadata={"help": "Mix two experts per image token. Off: one expert, without a router, in the vision tower."},
+    )
+    init_seed: int = field(
+        default=0, metadata={"help": "Seed of the initial weights, independent of torch's global generator."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained and saved whole. The projector and the modality embedding always are."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.MMA
+        self.modules_to_save = list(dict.fromkeys([*TRAINED_MODULES, *(self.modules_to_save or [])]))
+        if isinstance(self.target_modules, set | tuple):
+            self.target_modules = sorted(self.target_modules)
+        checks = {
+            "r": (self.r >= 1, "at least 1"),
+            "groups": (self.groups >= 1 and self.r % self.groups == 0, f"a divisor of r={self.r}"),
+            "router_temperature": (self.router_temperature > 0, "greater than 0"),
+            "dropout": (0 <= self.dropout < 1, "in [0, 1)"),
+        }
+        for name, (good, allowed) in checks.items():
+            if not good:
+                raise ValueError(f"`{name}` must be {allowed}, got {getattr(self, name)}.")
+
+    def to_dict(self):
+        # What is written must mean the same on every machine: no local path, no hash of a remote-code module.
+        values = super().to_dict()
+        name = values.get("base_model_name_or_path")
+        if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+            values["base_model_name_or_path"] = None
+        if "transformers_modules" in str(values.get("auto_mapping")):
+            values["auto_mapping"] = None
+        return values
+
+    def save_pretrained(self, save_directory, **kwargs):
+        kwargs["auto_mapping_dict"] = None
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class MMARouting:
+    """
+    Carries the routing weights of the current forward to the MMA layers of one [`LavinModel`], and what may be kept
+    between forwards while gradients are off.
+
+    Attributes:
+        layers (`list[MMALayer]`): the adapted modules of the language model.
+        weights (`dict[int, torch.Tensor]`, *optional*): of each layer, by its index, `(batch, 2)`.
+        collected (`dict[int, torch.Tensor]`, *optional*): filled during the routing pass, `(2 modalities, 2 experts)`.
+        kept (`dict`, *optional*): the table and the layers' dense up maps, see `LavinModel.routing_table`.
+    """
+
+    def __init__(self):
+        self.layers = []
+        self.weights = None
+        self.collected = None
+        self.kept = None
+
+    def active_layers(self):
+        return [layer for layer in self.layers if layer.active]
+
+    def add(self, layer) -> int:
+        self.layers.append(layer)
+        return len(self.layers) - 1
+
+
+class MMAUp(nn.Module):
+    """
+    The up maps of all experts. `weight` is `(experts, features, r / groups)`, `bias` `(experts, features)`; output
+    block i of an expert reads block i of the r inputs (a grouped 1x1 convolution).
+    """
+
+    def __init__(self, features: int, r: int, groups: int, experts: int):
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(experts, features, r // groups, device="meta"))
+        self.bias = nn.Parameter(torch.empty(experts, features, device="meta"))
+
+    def dense(self, scale: float) -> torch.Tensor:
+        """All experts in one map: rows are (expert, r), then one bias row per expert: `(experts * (r + 1), d)`."""
+        experts, features, k = self.weight.shape
+        blocks = self.weight.view(experts, self.groups, features // self.groups, k).transpose(2, 3)
+        eye = torch.eye(self.groups, device=blocks.device, dtype=blocks.dtype)[:, None, :, None]
+        rows = (blocks.unsqueeze(3) * eye).reshape(-1, features)
+        return torch.cat([rows, self.bias]) * scale
+
+
+class MMALayer(nn.Module, BaseTunerLayer):
+    """
+    Wraps an attention (or MLP) module and adapts its input, `(batch, length, features)`:
+
+        x' = x + s (w0 (B a + b0) + w1 (D a + d0)),   a = dropout(A x + a0)
+
+    In the language model w comes from the routing table, in the vision tower from each token's own features.
+    """
+
+    adapter_layer_names = ("adapter_down", "adapter_up", "adapter_router")
+    other_param_names = ("adapter_dropout", "adapter_config")
+
+    def __init__(self, base_layer: nn.Module, features: int, routing: MMARouting, index: int | None, key: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.features = features
+        self.routing = routing
+        self.index = index  # place in the routing table; None in the vision tower
+        self.key = key
+        self.adapter_down, self.adapter_up, self.adapter_router = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.adapter_dropout, self.adapter_config = nn.ModuleDict(), {}
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.merged_adapters = []
+
+    @property
+    def is_text(self) -> bool:
+        return self.index is not None
+
+    @property
+    def active_name(self) -> str | None:
+        return self.active_adapters[0] if self.active_adapters else None
+
+    @property
+    def active(self) -> bool:
+        return not self._disable_adapters and self.active_name in self.adapter_down
+
+    def update_layer(self, adapter_name: str, config: MMAConfig):
+        """Adds an adapter, initialised from its own generator: every layout and ZeRO stage starts equal."""
+        if self.features % config.groups:
+            raise ValueError(f"`groups`={config.groups} does not divide the width {self.features} of {self.key}.")
+        routed = self.is_text or config.vision_router
+        self.adapter_config[adapter_name] = config
+        self.adapter_dropout[adapter_name] = nn.Dropout(config.dropout)
+        self.adapter_down[adapter_name] = nn.Linear(self.features, config.r, device="meta", dtype=torch.float32)
+        self.adapter_up[adapter_name] = MMAUp(self.features, config.r, config.groups, 2 if routed else 1).float()
+        if routed:
+            self.adapter_router[adapter_name] = nn.Linear(self.features, 2, device="meta", dtype=torch.float32)
+        device = next(self.base_layer.parameters()).device
+        if device.type != "meta":
+            for name in self.adapter_layer_names:
+                if adapter_name in getattr(self, name):
+                    getattr(self, name)[adapter_name].to_empty(device=device)
+            self.reset_parameters(adapter_name, config.init_seed)
+        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str, seed: int):
+        """A is Xavier-uniform, the router as torch's plain Linear, everything else zero: the adapter is the identity."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.key}".encode()))
+
+        def draw(parameter, bound):
+            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+        down, up = self.adapter_down[adapter_name], self.adapter_up[adapter_name]
+        draw(down.weight, math.sqrt(6 / (down.in_features + down.out_features)))
+        for parameter in (down.bias, up.weight, up.bias):
+            parameter.zero_()
+        if adapter_name in self.adapter_router:
+            for parameter in self.adapter_router[adapter_name].parameters():
+                draw(parameter, 1 / math.sqrt(self.features))
+
+    def set_adapter(self, adapter_names, inference_mode: bool = False):
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise ValueError(f"MMA applies one adapter at a time, got {names}: set one of them.")
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def merge(self, *args, **kwargs):
+        raise ValueError(NO_SINGLE_MERGE)
+
+    def forward(self, *args, **kwargs):
+        if self.active:
+            if args:
+                args = (self.adapt(args[0]), *args[1:])
+            else:
+                kwargs["hidden_states"] = self.adapt(kwargs["hidden_states"])
+        return self.base_layer(*args, **kwargs)
+
+    def adapt(self, x: torch.Tensor) -> torch.Tensor:
+        """The adapted input, in x's dtype and shape. Both experts are one rank-r product and one fused add."""
+        name = self.active_name
+        down, up = self.adapter_down[name], self.adapter_up[name]
+        a = F.linear(x, down.weight.to(x.dtype), down.bias.to(x.dtype))
+        a = self.adapter_dropout[name](a)
+        weights = self.expert_weights(x).to(x)
+        mixed = (weights.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
+        mixed = torch.cat([mixed, weights.expand(*a.shape[:-1], -1)], dim=-1)
+        dense = self._dense_up(up, self.adapter_config[name].scale, x.dtype)
+        return torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), dense).view_as(x)
+
+    def expert_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights of the experts, `(batch, length or 1, experts)`."""
+        name, routing = self.active_name, self.routing
+        if name not in self.adapter_router:
+            return x.new_ones(1, 1, 1)
+        if self.is_text and routing.collected is None:
+            if routing.weights is None:
+                raise RuntimeError("MMA routes by modality: call the LavinModel, not its language model.")
+            return routing.weights[self.index].unsqueeze(1)
+        router = self.adapter_router[name]
+        logits = F.linear(x, router.weight.to(x.dtype), router.bias.to(x.dtype)).float()
+        weights = torch.softmax(logits / self.adapter_config[name].router_temperature, dim=-1)
+        if self.is_text:
+            routing.collected[self.index] = weights[:, 0]
+        return weights
+
+    def _dense_up(self, up: MMAUp, scale: float, dtype: torch.dtype) -> torch.Tensor:
+        kept = None if torch.is_grad_enabled() or self.routing.kept is None else self.routing.kept["up"]
+        if kept is None:
+            return up.dense(scale).to(dtype)
+        if (self.key, dtype) not in kept:
+            with torch.inference_mode(False), torch.no_grad():
+                kept[self.key, dtype] = up.dense(scale).to(dtype)
+        return kept[self.key, dtype]
+
+
+NO_SINGLE_MERGE = (
+    "One merge cannot serve both modalities: MMA's expert weights differ between text-only and image input, so each "
+    "modality has merged weights of its own. Call `merge_modality('text')` or `merge_modality('image')` for a plain "
+    "language model, or `unload()` for the base without the adapter."
+)
+
+
+def find_blocks(tower: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Name and modules of a tower's stack of blocks: its longest `ModuleList`."""
+    lists = [(name, module) for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return "", []
+    name, blocks = max(lists, key=lambda item: len(item[1]))
+    return name, list(blocks)
+
+
+def default_target_modules(lavin: nn.Module, config: MMAConfig) -> str:
+    """
+    A regex for the attention (and, on request, MLP) modules of both towers.
+
+    Raises:
+        `ValueError`: if a block has none under a known name; lists the names that there are.
+    """
+    patterns = []
+    for tower, with_mlp in zip(TOWERS, (config.vision_mlp, config.text_mlp), strict=True):
+        stack, blocks = find_blocks(getattr(lavin, tower))
+        names = []
+        for kind, known in (("attention", ATTENTION_NAMES), ("MLP", MLP_NAMES))[: 1 + with_mlp]:
+            found = [name for name in known if blocks and all(hasattr(block, name) for block in blocks)]
+            if not found:
+                candidates = sorted({name for block in blocks for name, _ in block.named_children()})
+                raise ValueError(
+                    f"No {kind} modules found in the {tower} ({type(getattr(lavin, tower)).__name__}). Candidates in "
+                    f"`{stack or 'its modules'}`: {candidates}. Name them in `target_modules`, e.g. "
+                    f"`target_modules='.*{tower}.*[.]({'|'.join(candidates[:2])})'`."
+                )
+            names.append(found[0])
+        patterns.append(rf"{tower}\.{re.escape(stack)}\.\d+\.({'|'.join(names)})")
+    return rf"(.*\.)?({'|'.join(patterns)})"
+
+
+def find_lavin(model: nn.Module) -> nn.Module:
+    """The [`LavinModel`] inside `model`, by what it has: classes of two imports of this code are not the same."""
+    for module in model.modules():
+        if "routing" in vars(module) and hasattr(module, "vision_tower"):
+            return module
+    raise ValueError(f"MMA needs a LaVIN model with a modality embedding, got {type(model).__name__}.")
+
+
+class MMAModel(BaseTuner):
+    """
+    Puts Mixture-of-Modality Adapters in front of the attention of both towers of a LaVIN model.
+
+    Example:
+
+    ```python
+    >>> from peft import get_peft_model
+    >>> from lavin import MMAConfig
+    >>> model = get_peft_model(model, MMAConfig(), adapter_name="mma")  # doctest: +SKIP
+    ```
+    """
+
+    prefix = "adapter_"
+    tuner_layer_cls = MMALayer
+    target_module_mapping = {}
+
+    def _prepare_adapter_config(self, peft_config: MMAConfig, model_config: dict) -> MMAConfig:
+        lavin = find_lavin(self.model)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_target_modules(lavin, peft_config)
+        return peft_config
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if isinstance(target, MMALayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        lavin = find_lavin(self.model)
+        match = re.search(rf"(?:^|\.)(({'|'.join(TOWERS)})\..*)", current_key)
+        if match is None:
+            raise ValueError(f"MMA adapts modules of the two towers {TOWERS}, not `{current_key}`.")
+        key, tower = match.groups()
+        is_text = tower == "language_model"
+        features = (lavin.config.text_config if is_text else lavin.config.vision_config).hidden_size
+        index = len(lavin.routing.layers) if is_text else None
+        layer = MMALayer(target, features, lavin.routing, index, key)
+        if is_text:
+            lavin.routing.add(layer)
+        layer.train(target.training)
+        layer._disable_adapters = any(
+            module.disable_adapters for module in lavin.routing.layers if module is not layer
+        )
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        setattr(parent, target_name, layer)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            lift_to_float32(self.model, adapter_name)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs):
+        if merge:
+            raise ValueError(NO_SINGLE_MERGE)
+        lavin = find_lavin(self.model)
+        model = super()._unload_and_optionally_merge(merge=False, **kwargs)
+        lavin.routing.layers.clear()
+        lavin.routing.kept = None
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "MMA does not mix adapters in one batch (`adapter_names`): the routing table belongs to one adapter. "
+                "Call `set_adapter(name)` and run the rows of each adapter together."
+            )
+        yield
+
+    def merge_modality(self, modality: str) -> nn.Module:
+        """See `LavinForConditionalGeneration.merge_modality`."""
+        return self.model.merge_modality(modality)
+
+
+def lift_to_float32(model: nn.Module, adapter_name: str):
+    """PEFT lifts tuner layers to float32 but not `modules_to_save`, which in bf16 would hardly move."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            for parameter in module.modules_to_save[adapter_name].parameters():
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
+
+
+if PeftType.MMA not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    peft.utils.register_peft_method(name="mma", prefix="adapter_", config_cls=MMAConfig, model_cls=MMAModel)
+
+
+__all__ = ["MMAConfig", "MMAModel", "MMALayer"]
