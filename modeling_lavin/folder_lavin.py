@@ -1,2 +1,530 @@
+"""
+What a LaVIN folder holds, and how it is loaded and saved.
+
+The root of every folder has config, code, processor and card. A full folder has the base weights as well; a light one
+names the checkpoints they come from. The adapter lies in `mma/`, because it is the PEFT adapter named `mma`: at the
+root, the Hub's Auto classes would take the whole repository for an adapter of something else.
+"""
+
+import copy
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
+from transformers.utils import cached_file, logging
+
+from .card_lavin import write_card
+from .configuration_lavin import LavinConfig
+from .towers_lavin import named_base, read_towers
+from .tuner_lavin import MMAConfig, lift_to_float32
+
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_NAME = "mma"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
+AUTO_MAP = {
+    "AutoConfig": "configuration_lavin.LavinConfig",
+    "AutoModel": "modeling_lavin.LavinForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_lavin.LavinForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_lavin.LavinForConditionalGeneration",
+    "AutoProcessor": "processing_lavin.LavinProcessor",
+}
+BASE_KEY = "base_model.model."  # PEFT writes adapter keys as a PeftModel names them
+
+
 class LavinFolderMixin:
-    pass
+    """Loading and saving of a LaVIN model; see the module's text for the layout."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, mma: dict | None = None, **kwargs):
+        r"""
+        Loads a LaVIN from a light or a full folder, or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Folder or Hub name.
+            mma (`dict`, *optional*):
+                Fields of [`MMAConfig`], or `{}` for its defaults: returns a [`LavinPeftModel`] whose adapter is ready
+                to train. A folder that holds an adapter continues with it; other values than the stored ones are an
+                error. Without it everything is frozen and the folder's adapter, if any, is active.
+            kwargs:
+                As of [`PreTrainedModel.from_pretrained`]; dtype, `device_map` and quantisation act on the whole.
+                `text_checkpoint` and `vision_checkpoint` name other checkpoints than the folder's.
+
+        Raises:
+            `OSError`: if a checkpoint the folder names cannot be reached; the message says which and what to do.
+            `ValueError`: if `mma` differs from the stored adapter, or the adapter does not fit the base.
+        """
+        name = pretrained_model_name_or_path
+        if name is None:
+            return super().from_pretrained(None, *model_args, **kwargs)
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        config = kwargs.pop("config", None)
+        if not isinstance(config, LavinConfig) and getattr(config, "model_type", None) != LavinConfig.model_type:
+            config, kwargs = cls.config_class.from_pretrained(name, return_unused_kwargs=True, **{**kwargs, **hub})
+            kwargs.update(hub)
+        config = copy.deepcopy(config)
+        with_info = kwargs.pop("output_loading_info", False)
+        full = any(_find(name, file, hub) for file in BASE_WEIGHTS)
+        if full:
+            model, info = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+            model.config.base_checkpoint = named_base(name, getattr(config, "_commit_hash", None))
+        elif config.base_checkpoint is not None:
+            model, info = cls._from_base_checkpoint(name, config, model_args, kwargs)
+        else:
+            plain = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
+            state_dict = read_towers(config, name, {key: value for key, value in hub.items() if key != "revision"})
+            model, info = super().from_pretrained(
+                None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **plain
+            )
+        if not full:
+            _check_complete(info, name)
+            if _find(name, "generation_config.json", hub) and model.can_generate():
+                model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+        model._is_full_folder = full
+        model.config._name_or_path = model.name_or_path = str(name)
+        model.requires_grad_(False)
+
+        has_adapter = _find(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
+        if mma is not None:
+            stored = MMAConfig.from_pretrained(name, subfolder=ADAPTER_NAME, **hub) if has_adapter else None
+            model = LavinPeftModel(model, _trainable_config(mma, stored, name), adapter_name=ADAPTER_NAME)
+            if has_adapter:
+                set_adapter_weights(model, _adapter_weights(name, ADAPTER_NAME, hub), ADAPTER_NAME)
+        elif has_adapter:
+            model.load_adapter(name, adapter_name=ADAPTER_NAME, adapter_kwargs={"subfolder": ADAPTER_NAME, **hub})
+        return (model, info) if with_info else model
+
+    @classmethod
+    def _from_base_checkpoint(cls, name, config, model_args, kwargs):
+        base = config.base_checkpoint
+        arguments = {**kwargs, "revision": base.get("revision") or "main", "output_loading_info": True}
+        try:
+            return super().from_pretrained(base["name"], *model_args, config=config, **arguments)
+        except OSError as error:
+            raise OSError(
+                f"The base of {name}, the full LaVIN folder {base['name']}, cannot be reached: {error} Put it there, or "
+                f"name another with `from_pretrained(..., base_checkpoint={{'name': ..., 'revision': None}})`."
+            ) from error
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision, text, vision_revision: str | None = None, text_revision: str | None = None, **kwargs
+    ):
+        r"""
+        Builds a LaVIN from a vision tower and a language model, both loaded in one go.
+
+        Args:
+            vision (`str`): Folder or Hub name of a CLIP or SigLIP tower, or of a whole CLIP or SigLIP checkpoint.
+            text (`str`): Folder or Hub name of a decoder-only language model.
+            vision_revision, text_revision (`str`, *optional*): Branch, tag or commit of each.
+            kwargs: Fields of [`LavinConfig`], and arguments of [`PreTrainedModel.from_pretrained`], `mma` included.
+        """
+        names = ("projector_hidden_size", "vision_feature_layers", "image_token_id")
+        overrides = {key: kwargs.pop(key) for key in names if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        mma = kwargs.pop("mma", None)
+        config = config_of_pair(vision, text, vision_revision, text_revision, hub=hub, **overrides)
+        state_dict = read_towers(config, f"the pair {vision} and {text}", hub)
+        model, info = super().from_pretrained(
+            None, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
+        )
+        _check_complete(info, f"the pair {vision} and {text}")
+        if model.can_generate():
+            model.generation_config = generation_config_of(config, hub)
+        model._is_full_folder = False
+        model.config._name_or_path = model.name_or_path = ""  # no folder yet
+        model.requires_grad_(False)
+        if mma is None:
+            return model
+        return LavinPeftModel(model, _trainable_config(mma, None, text), adapter_name=ADAPTER_NAME)
+
+    def save_pretrained(
+        self, save_directory, full: bool | None = None, is_main_process: bool = True, state_dict=None, **kwargs
+    ):
+        r"""
+        Writes a folder that loads through the Auto classes where `lavin` is not installed.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                An empty or new folder, or one of a LaVIN.
+            full (`bool`, *optional*):
+                Whether the base weights are written. By default they are, except where the model has an adapter and
+                its base can be named: then the folder is light, some MB.
+            kwargs:
+                As of [`PreTrainedModel.save_pretrained`]; `push_to_hub=True` uploads the folder afterwards.
+        """
+        push_to_hub, token = kwargs.pop("push_to_hub", False), kwargs.pop("token", None)
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
+        upload = {key: kwargs.pop(key) for key in ("private", "commit_message") if key in kwargs}
+        check_output_folder(save_directory)
+        adapters = [name for name, c in getattr(self, "peft_config", {}).items() if c.peft_type.value == "MMA"]
+        config = self.config
+        nameable = config.base_checkpoint is not None or (config.text_checkpoint and config.vision_checkpoint)
+        if full is None:
+            trained = any(p.requires_grad for n, p in self.named_parameters() if _base_name(n) == n)
+            full = not adapters or not nameable or trained or getattr(self, "_is_full_folder", False)
+        elif not full and not nameable:
+            raise ValueError(
+                "A light folder names the checkpoints of its base, and this model has none: it was not made from a "
+                "pair or a saved folder. Save it with `full=True`."
+            )
+        if is_main_process:
+            os.makedirs(save_directory, exist_ok=True)
+        if full:
+            self._save_base(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        elif is_main_process:
+            self.config.architectures = ["LavinForConditionalGeneration"]
+            self.generation_config.save_pretrained(save_directory)
+        if not is_main_process:
+            return
+        self._write_config(save_directory, full)
+        for file in Path(__file__).parent.glob("*_lavin.py"):
+            Path(save_directory, file.name).write_bytes(file.read_bytes())
+        active = next((module.active_name for module in self.modules() if hasattr(module, "adapter_down")), None)
+        for adapter in adapters:
+            # The active adapter is the folder's; others lie beside it under their own names.
+            folder = ADAPTER_NAME if adapter == active else adapter
+            self._save_adapter(Path(save_directory, folder), adapter, state_dict)
+        self._carry_processor(save_directory)
+        write_card(self, save_directory)
+        if push_to_hub:
+            self._upload(save_directory, repo_id, token=token, **upload)
+
+    def push_to_hub(
+        self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token=None, **kwargs
+    ):
+        """
+        Uploads what [`~LavinFolderMixin.save_pretrained`] writes, the card included. A light folder that names
+        checkpoints on this machine is refused.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return self._upload(folder, repo_id, token=token, commit_message=commit_message, private=private)
+
+    def _upload(self, folder, repo_id, token=None, commit_message=None, private=None):
+        check_pushable(folder)
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload LaVIN",
+            ignore_patterns=["checkpoint-*"],
+        )
+
+    def _save_base(self, save_directory, state_dict=None, **kwargs):
+        """transformers' own saving, of the model as it is without adapters."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict = {key.removeprefix(BASE_KEY): value for key, value in state_dict.items()}
+        state_dict = {_base_name(key): value for key, value in state_dict.items() if _base_name(key) is not None}
+        loaded, self._hf_peft_config_loaded = getattr(self, "_hf_peft_config_loaded", False), False
+        try:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            self._hf_peft_config_loaded = loaded
+
+    def _write_config(self, save_directory, full: bool):
+        config = copy.deepcopy(self.config)
+        config.auto_map = dict(AUTO_MAP)
+        config.architectures = ["LavinForConditionalGeneration"]
+        config.dtype = str(self.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        if full:
+            config.base_checkpoint = None
+        if hasattr(config, "quantization_config") and not full:
+            del config.quantization_config
+        config.save_pretrained(save_directory)
+
+    def _save_adapter(self, folder: Path, adapter_name: str, state_dict=None):
+        if state_dict is not None:
+            state_dict = {key.removeprefix(BASE_KEY): value for key, value in state_dict.items()}
+        tensors = get_peft_model_state_dict(self, state_dict=state_dict, adapter_name=adapter_name)
+        tensors = {BASE_KEY + key.removeprefix(BASE_KEY): value.contiguous().cpu() for key, value in tensors.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        # Written whole, then moved: a run killed while it saves leaves the old adapter.
+        save_file(tensors, folder / f"{ADAPTER_WEIGHTS}.new", metadata={"format": "pt"})
+        config = copy.deepcopy(self.peft_config[adapter_name])
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        os.replace(folder / f"{ADAPTER_WEIGHTS}.new", folder / ADAPTER_WEIGHTS)
+
+    def _carry_processor(self, save_directory):
+        """A folder is complete: the processor of the folder this model came from goes along."""
+        source = self.config._name_or_path
+        if (
+            not source
+            or Path(save_directory, PROCESSOR_FILES[0]).exists()
+            or not _find(source, PROCESSOR_FILES[0], {})
+        ):
+            return
+        for name in PROCESSOR_FILES:
+            if file := _find(source, name, {}):
+                Path(save_directory, name).write_bytes(Path(file).read_bytes())
+
+    def load_adapter(
+        self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None,
+        is_trainable: bool = False, adapter_kwargs: dict | None = None, **kwargs,
+    ):  # fmt: skip
+        """
+        Loads an adapter beside those that are there and makes it the active one. An MMA adapter is looked for in
+        `mma/` of a folder or Hub repository, or in `adapter_kwargs={"subfolder": ...}`; other types load as in
+        transformers.
+        """
+        adapter_name = adapter_name or ADAPTER_NAME
+        hub = {**{key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}, **(adapter_kwargs or {})}
+        if peft_config is None:
+            folder = hub.pop("subfolder", None)
+            if folder is None:
+                folder = ADAPTER_NAME if _find(peft_model_id, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) else ""
+            file = _find(peft_model_id, f"{folder}/{ADAPTER_CONFIG}".lstrip("/"), hub)
+            if file is None:
+                raise ValueError(
+                    f"No adapter in {peft_model_id}: neither {ADAPTER_NAME}/{ADAPTER_CONFIG} nor {ADAPTER_CONFIG}."
+                )
+            if json.loads(Path(file).read_text()).get("peft_type") != "MMA":
+                return super().load_adapter(
+                    peft_model_id, adapter_name, is_trainable=is_trainable, adapter_kwargs=adapter_kwargs, **kwargs
+                )
+            peft_config = MMAConfig.from_pretrained(peft_model_id, subfolder=folder or None, **hub)
+            adapter_state_dict = _adapter_weights(peft_model_id, folder, hub)
+        elif getattr(peft_config, "peft_type", "MMA") != "MMA":
+            return super().load_adapter(
+                peft_model_id, adapter_name, peft_config=peft_config, adapter_state_dict=adapter_state_dict, **kwargs
+            )
+        elif isinstance(peft_config, dict):
+            peft_config = MMAConfig(**{k: v for k, v in peft_config.items() if k not in ("peft_type", "task_type")})
+        if adapter_name in getattr(self, "peft_config", {}):
+            raise ValueError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        peft_config.inference_mode = not is_trainable
+        inject_adapter_in_model(peft_config, self, adapter_name)
+        self._hf_peft_config_loaded = True
+        try:
+            set_adapter_weights(self, adapter_state_dict, adapter_name)
+        except ValueError:
+            self.delete_adapter(adapter_name)
+            raise
+        self.set_adapter(adapter_name)
+        if not is_trainable:
+            _freeze_adapter(self, adapter_name)
+            self.eval()
+
+    def enable_adapters(self):
+        """As in transformers, `modules_to_save` included; an adapter loaded for inference stays frozen."""
+        super().enable_adapters()
+        for module in self.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.enable_adapters(True)
+        for name, config in self.peft_config.items():
+            if config.inference_mode:
+                _freeze_adapter(self, name)
+
+    def delete_adapter(self, adapter_names):
+        """As in transformers; after the last one the model is as it was before the first."""
+        super().delete_adapter(adapter_names)
+        if not getattr(self, "peft_config", None):
+            unwrap_adapters(self)
+
+
+class LavinPeftModel(PeftModel):
+    """
+    A LaVIN whose adapter is ready to train. Saving writes a complete adapter repository (config, code, `mma/`, card),
+    so that every checkpoint of `trl sft` loads through `AutoModel`.
+    """
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, full=None, **kwargs):
+        full = False if full is None and _can_be_light(self.get_base_model()) else full
+        kwargs = {key: value for key, value in kwargs.items() if key in ("push_to_hub", "repo_id", "token", "private")}
+        self.get_base_model().save_pretrained(
+            save_directory, full=full, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        kwargs.setdefault("full", False)
+        return self.get_base_model().push_to_hub(repo_id, **kwargs)
+
+
+def _can_be_light(model) -> bool:
+    config = model.config
+    trained = any(p.requires_grad for n, p in model.named_parameters() if _base_name(n) == n)
+    return not trained and bool(config.base_checkpoint or (config.text_checkpoint and config.vision_checkpoint))
+
+
+def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=None, **overrides) -> LavinConfig:
+    """The configuration of a LaVIN made of two checkpoints, which it names with their commits."""
+    from .processing_lavin import LavinProcessor
+    from .towers_lavin import tower_config
+
+    hub = {key: value for key, value in (hub or {}).items() if key != "revision"}
+    vision_config, vision_checkpoint = tower_config(vision, vision_revision, hub)
+    text_config, text_checkpoint = tower_config(text, text_revision, hub)
+    if "image_token_id" not in overrides:
+        try:
+            processor = LavinProcessor.from_vision_text_pretrained(
+                vision, text, vision_revision=vision_revision, text_revision=text_revision, **hub
+            )
+            overrides["image_token_id"] = processor.image_token_id
+        except (OSError, ValueError):  # no tokenizer there: the first id after the vocabulary
+            logger.info(f"{text} has no tokenizer: `image_token_id` is its vocabulary size.")
+    return LavinConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        vision_checkpoint=vision_checkpoint,
+        text_checkpoint=text_checkpoint,
+        **overrides,
+    )
+
+
+def generation_config_of(config: LavinConfig, hub=None) -> GenerationConfig:
+    """The language model's own generation settings."""
+    source = config.text_checkpoint
+    try:
+        return GenerationConfig.from_pretrained(source["name"], revision=source["revision"] or "main", **(hub or {}))
+    except OSError:
+        return GenerationConfig.from_model_config(config.text_config)
+
+
+def check_output_folder(folder):
+    """
+    Raises:
+        `ValueError`: if `folder` is a file, cannot be written, or holds a model that is no LaVIN.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"The output {folder} is a file: name a folder.")
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"The output folder {folder} cannot be written: check {parent} and its permissions.")
+    config = path / "config.json"
+    if config.is_file() and json.loads(config.read_text() or "{}").get("model_type") != LavinConfig.model_type:
+        raise ValueError(f"The output folder {folder} holds another model (see {config}): name an empty folder.")
+
+
+def check_pushable(folder):
+    """
+    Raises:
+        `ValueError`: if the folder is light and names checkpoints on this machine.
+    """
+    if any(Path(folder, file).exists() for file in BASE_WEIGHTS):
+        return
+    config = json.loads(Path(folder, "config.json").read_text())
+    local = [
+        source["name"]
+        for source in (config.get(f"{kind}_checkpoint") for kind in ("base", "text", "vision"))
+        if source and (os.path.isabs(source["name"]) or os.path.isdir(source["name"]))
+    ]
+    if config.get("base_checkpoint"):
+        local = [name for name in local if name == config["base_checkpoint"]["name"]]
+    if local:
+        raise ValueError(
+            f"This folder names checkpoints on this machine ({', '.join(local)}), which nobody else can load. Name Hub "
+            "checkpoints (`lavin init --vision NAME --text NAME`, or set `config.text_checkpoint` and "
+            "`config.vision_checkpoint` to `{'name': ..., 'revision': ...}`), or write the base weights too with `full=True`."
+        )
+
+
+def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: str):
+    """Sets an adapter's weights, float32 whatever the base's dtype, after comparing names and shapes."""
+    lift_to_float32(model, adapter_name)
+    weights = {key.removeprefix(BASE_KEY): value for key, value in weights.items()}
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    shapes = {key.removeprefix(BASE_KEY): tuple(value.shape) for key, value in expected.items()}
+    problems = [f"missing: {key}" for key in shapes if key not in weights]
+    problems += [f"unexpected: {key}" for key in weights if key not in shapes]
+    problems += [
+        f"{key}: {tuple(value.shape)} in the adapter, {shapes[key]} in this model"
+        for key, value in weights.items()
+        if key in shapes and shapes[key] != tuple(value.shape)
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"The adapter belongs to another base or has other settings:\n  {shown}")
+    if isinstance(model, PeftModel):
+        weights = {BASE_KEY + key: value for key, value in weights.items()}
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+
+
+def _trainable_config(mma: dict, stored: MMAConfig | None, name) -> MMAConfig:
+    known = set(MMAConfig.__dataclass_fields__)
+    if unknown := sorted(set(mma) - known):
+        raise ValueError(f"`mma` has no field {', '.join(unknown)}; it knows {', '.join(sorted(known))}.")
+    if stored is None:
+        return MMAConfig(**mma)
+    asked = MMAConfig(**{**stored.to_dict(), **mma, "peft_type": None, "peft_version": None}).to_dict()
+    other = {key: (stored.to_dict()[key], asked[key]) for key in mma if stored.to_dict()[key] != asked[key]}
+    if other:
+        listed = ", ".join(f"{key}: stored {a!r}, asked {b!r}" for key, (a, b) in other.items())
+        raise ValueError(
+            f"{name} holds an adapter with other settings ({listed}). Pass `mma: {{}}` to continue with it."
+        )
+    stored.inference_mode = False
+    return stored
+
+
+def _adapter_weights(name, folder: str, hub) -> dict[str, torch.Tensor]:
+    file = _find(name, f"{folder}/{ADAPTER_WEIGHTS}".lstrip("/"), hub)
+    if file is None:
+        raise OSError(f"{name} has no {folder}/{ADAPTER_WEIGHTS}. (Pickled adapters are not read.)")
+    return load_file(file)
+
+
+def _find(name, file: str, hub) -> str | None:
+    """The file's local path, or None where the folder or repository does not have it."""
+    if os.path.isdir(name):
+        path = os.path.join(name, file)
+        return path if os.path.isfile(path) else None
+    folder, _, file = file.rpartition("/")
+    return cached_file(name, file, subfolder=folder, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def _freeze_adapter(model, adapter_name: str):
+    for name, parameter in model.named_parameters():
+        if f".{adapter_name}." in name:
+            parameter.requires_grad_(False)
+
+
+def unwrap_adapters(model):
+    """Takes the wrappers of deleted adapters out of the model."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, ModulesToSaveWrapper):
+                setattr(module, name, child.original_module)
+            elif hasattr(child, "adapter_down"):
+                setattr(module, name, child.base_layer)
+        if "routing" in vars(module):
+            module.routing.layers.clear()
+            module.routing.kept = None
+
+
+def _base_name(key: str) -> str | None:
+    """A parameter's name without the wrappers of adapters; None for what belongs to an adapter."""
+    if ".adapter_" in key or ".modules_to_save." in key:
+        return None
+    return key.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _check_complete(info, name):
+    missing = sorted(key for key in info["missing_keys"] if "adapter_" not in key)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"The base checkpoints of {name} lack weights of the model: {shown}.")
+
+
+__all__ = ["LavinPeftModel"]

@@ -88,11 +88,10 @@ def _readers(module: nn.Module, key: str) -> list[nn.Module]:
 
 def _fold_layer(module: nn.Module, layer, row: torch.Tensor):
     down, config = layer.adapter_down[layer.active_name], layer.adapter_config[layer.active_name]
-    dense = layer.adapter_up[layer.active_name].dense(config.scale).double()
-    row = row.double()
-    experts = row.shape[0]
-    up = (row[:, None, None] * dense[:-experts].view(experts, config.r, -1)).sum(0).T  # U: (d, r)
-    shift = up @ down.bias.double() + row @ dense[-experts:]
+    dense = layer.adapter_up[layer.active_name].dense().double() * config.scale  # (experts, r + 1, d)
+    mixed = (row.double()[:, None, None] * dense).sum(0)
+    up = mixed[:-1].T  # U: (d, r)
+    shift = up @ down.bias.double() + mixed[-1]
     for map in _readers(module, layer.key):
         weight = map.weight.T if isinstance(map, Conv1D) else map.weight
         wide = weight.double()

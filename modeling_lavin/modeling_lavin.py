@@ -14,10 +14,11 @@ from transformers.generation import LogitsProcessorList, SuppressTokensLogitsPro
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging
 
+from .cache_lavin import cached_modality, carry_modality
 from .configuration_lavin import LavinConfig
 from .folder_lavin import LavinFolderMixin
 from .folding_lavin import fold_modality
-from .tuner_lavin import MMARouting
+from .tuner_lavin import KeptRouting, MMARouting
 
 
 logger = logging.get_logger(__name__)
@@ -26,6 +27,15 @@ FROZEN = (
     "Every weight of this LaVIN is frozen, so training it would change nothing. Load it with `mma={}` "
     "(`from_pretrained(..., mma={})`; in a YAML for `trl sft`: `model_init_kwargs: {mma: {}}`) to train its adapter."
 )
+IMAGE_AFTER_TEXT = (
+    "An image after a cached prefix without one: the prefix was computed as text only and cannot be made right "
+    "afterwards. Start again without `past_key_values`."
+)
+NO_DATA_PARALLEL = (
+    "LaVIN does not run under `torch.nn.DataParallel`, which shares one routing table between threads. Start one "
+    "process per GPU (`accelerate launch`, `torchrun`), or show one GPU only (`CUDA_VISIBLE_DEVICES=0`)."
+)
+IMAGE_ARGUMENTS = ("pixel_values", "mm_encoder_outputs", "modality_ids")
 
 
 @dataclass
@@ -101,7 +111,7 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Method 2 of LaVIN's initialisation: Xavier-uniform projector, N(0, 1) modality; drawn apart from torch's RNG."""
+        """Xavier-uniform projector, N(0, 1) modality embedding: drawn apart from torch's RNG, so that all ranks agree."""
         if isinstance(module, LavinMultiModalProjector):
             generator = torch.Generator().manual_seed(0)
             for linear in (module.linear_1, module.linear_2):
@@ -171,7 +181,7 @@ class LavinModel(LavinPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
-    # What is kept between forwards falls with anything that may change weights without an in-place operation.
+    # What is kept between forwards falls with anything that changes weights other than in place.
     def train(self, mode: bool = True):
         self.routing.kept = None
         return super().train(mode)
@@ -198,7 +208,6 @@ class LavinModel(LavinPreTrainedModel):
             `BaseModelOutputWithPooling`: `pooler_output` holds the image tokens,
             `(num_images, num_image_tokens, hidden_size)`; `hidden_states` the tapped states before the projector.
         """
-        self._keep()
         dtype = next(p.dtype for p in self.vision_tower.parameters() if p.dtype.is_floating_point)
         states = self.vision_tower(pixel_values.to(dtype), output_hidden_states=True, return_dict=True)
         taps = [states.hidden_states[layer] for layer in self.config.vision_feature_layers]
@@ -214,72 +223,54 @@ class LavinModel(LavinPreTrainedModel):
         Expert weights of every adapted module of the language model, `(layers, 2 modalities, 2 experts)`: one forward
         of the language model on the two modality embeddings, each a sequence of length one.
         """
+        embedding = self.get_input_embeddings().weight
+        ids = torch.arange(2, device=embedding.device)
         routing = self.routing
         routing.collected = {}
         try:
-            embeds = (
-                self.modality_embedding.weight if not hasattr(self.modality_embedding, "modules_to_save") else None
-            )
-            ids = torch.arange(2, device=self.get_input_embeddings().weight.device)
-            embeds = self.modality_embedding(ids)
             self.language_model(
-                inputs_embeds=embeds.unsqueeze(1).to(self._compute_dtype()),
+                inputs_embeds=self.modality_embedding(ids).unsqueeze(1).to(embedding),
                 position_ids=torch.zeros_like(ids[:1]).unsqueeze(0),
                 use_cache=False,
             )
-            device = embeds.device
-            return torch.stack([routing.collected[layer.index].to(device) for layer in routing.active_layers()])
+            # Under `device_map` the layers may be on several devices.
+            return torch.stack([routing.collected[layer.key].to(ids.device) for layer in routing.active_layers()])
         finally:
             routing.collected = None
 
-    def _compute_dtype(self) -> torch.dtype:
-        return self.get_input_embeddings().weight.dtype
-
-    def _keep(self):
-        """Drops what was kept if gradients are on or any adapter weight changed, and keeps anew."""
+    def _refresh_kept(self):
+        """Where gradients are off, the routing is kept until a weight or the choice of adapter changes."""
         routing = self.routing
-        if torch.compiler.is_compiling():
-            return
         if torch.is_grad_enabled():
             routing.kept = None
-            return
-        layers = (
-            [module for module in self.modules() if hasattr(module, "adapter_down")] if routing.kept is None else None
-        )
-        layers = layers if layers is not None else routing.kept["layers"]
-        tensors = [p for layer in layers for p in layer.parameters() if p.dtype == torch.float32]
-        tensors += list(self.modality_embedding.parameters())
-        key = [(p.data_ptr(), p._version) for p in tensors] + [(layer.active, layer.active_name) for layer in layers]
-        if routing.kept is None or routing.kept["key"] != key:
-            routing.kept = {"key": key, "layers": layers, "up": {}, "table": None}
+        elif not routing.pinned and not torch.compiler.is_compiling():
+            embedding = self.modality_embedding
+            if routing.kept is None or routing.kept.key != routing.key(routing.kept.tensors, embedding):
+                tensors = [*self.language_model.parameters(), *embedding.parameters()]
+                routing.kept = KeptRouting(tensors, routing.key(tensors, embedding))
 
     def _table(self) -> torch.Tensor:
-        kept = self.routing.kept
-        if kept is None or torch.is_grad_enabled():
+        kept = self.routing.usable()
+        if kept is None:
             return self.routing_table()
-        if kept["table"] is None:
+        if kept.table is None:
+            # A tensor made in inference mode could not take part in training later.
             with torch.inference_mode(False), torch.no_grad():
-                kept["table"] = self.routing_table()
-        return kept["table"]
+                kept.table = self.routing_table()
+        return kept.table
 
-    def _modality(self, has_image, batch_size, modality_ids, past_key_values, device):
-        """Each row's modality, `(batch_size,)`: what the caller states, the cache's, or whether the row has an image."""
-        past = past_key_values is not None and getattr(past_key_values, "modality_ids", None) is not None
-        cached = past_key_values.modality_ids if past and past_key_values.get_seq_length() > 0 else None
-        if modality_ids is not None:
-            return modality_ids.to(device=device, dtype=torch.long)
-        if cached is not None:
-            if cached.shape[0] != batch_size:
-                raise ValueError(f"The cache holds {cached.shape[0]} rows, the input {batch_size}.")
-            if has_image is not None and bool((has_image & (cached == 0)).any()):
-                raise ValueError(
-                    "An image after a cached prefix without one: the prefix was computed as text only and cannot be "
-                    "made right afterwards. Start again without `past_key_values`."
-                )
-            return cached
-        if has_image is not None:
-            return has_image.long()
-        return torch.zeros(batch_size, dtype=torch.long, device=device)
+    def _row_modality(self, modality_ids, has_image, cache, batch_size, device):
+        """Each row's modality, `(batch_size,)`: the cache's, or what the caller states, or whether it has an image."""
+        cached = cached_modality(cache, batch_size, device)
+        stated = modality_ids if modality_ids is not None else has_image
+        if stated is None:
+            return torch.zeros(batch_size, dtype=torch.long, device=device) if cached is None else cached
+        stated = stated.to(device, torch.long)
+        if cached is None:
+            return stated
+        if not torch.compiler.is_compiling() and bool((stated > cached).any()):
+            raise ValueError(IMAGE_AFTER_TEXT)
+        return cached
 
     @can_return_tuple
     def forward(
@@ -319,113 +310,95 @@ class LavinModel(LavinPreTrainedModel):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if not any(parameter.requires_grad for parameter in self.parameters()):
                 raise ValueError(FROZEN)
-        self._keep()
+        if getattr(self, "_is_replica", False):
+            raise ValueError(NO_DATA_PARALLEL)
+        self._refresh_kept()
 
         images = (mm_encoder_outputs or {}).get("image")
         if images is None and pixel_values is not None and pixel_values.shape[0] > 0:
             images = self.get_image_features(pixel_values, return_dict=True)
-        features, has_image = None, None
-        if images is not None:
-            features = images.pooler_output
-            features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+        features = None if images is None else flat_features(images)
+        has_image = None
         if inputs_embeds is None:
             is_image = input_ids == self.config.image_token_id
             # The image token needs no row in the embedding: any row serves as its place.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-            has_past = past_key_values is not None and past_key_values.get_seq_length() > 0
-            if features is not None or not has_past:
-                inputs_embeds = self._merge(inputs_embeds, is_image, features)
-                has_image = is_image.any(dim=-1)
+            inputs_embeds = self._merge(inputs_embeds, is_image, features)
+            has_image = None if features is None else is_image.any(dim=-1)
         elif features is not None:
             raise ValueError(
                 "With `inputs_embeds` the image tokens must already be in it: pass no images, but "
                 "`modality_ids=1` for the rows that hold one."
             )
-        inputs_embeds = self._touch_vision_tower(inputs_embeds, features)
+        if features is None:
+            inputs_embeds = self._touch_vision_tower(inputs_embeds)
 
-        modality_ids = self._modality(
-            has_image, inputs_embeds.shape[0], modality_ids, past_key_values, inputs_embeds.device
-        )
+        batch_size, device = inputs_embeds.shape[0], inputs_embeds.device
+        modality_ids = self._row_modality(modality_ids, has_image, past_key_values, batch_size, device)
         layers = self.routing.active_layers()
         if layers:
             weights = self._table()[:, modality_ids].unbind(0)
-            self.routing.weights = {layer.index: weight for layer, weight in zip(layers, weights, strict=True)}
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        self.routing.weights = None
+            self.routing.weights = {layer.key: weight for layer, weight in zip(layers, weights, strict=True)}
+        try:
+            outputs = self.language_model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        finally:
+            self.routing.weights = None
         if outputs.past_key_values is not None:
-            remember_modality(outputs.past_key_values, modality_ids)
+            if not torch.compiler.is_compiling():
+                carry_modality(outputs.past_key_values)
+            outputs.past_key_values.modality_ids = modality_ids
         return LavinModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=features,
+            image_hidden_states=None if images is None else images.pooler_output,
         )
 
     def _merge(self, inputs_embeds, is_image, features):
         """Puts the image tokens at their places."""
+        if not torch.compiler.is_compiling():
+            tokens, given = int(is_image.sum()), 0 if features is None else features.shape[0]
+            if tokens != given:
+                raise ValueError(f"Image features and image tokens do not match, tokens: {tokens}, features: {given}")
         if features is None:
-            if not torch.compiler.is_compiling() and bool(is_image.any()):
-                raise ValueError(
-                    f"Image features and image tokens do not match, tokens: {int(is_image.sum())}, features: 0"
-                )
             return inputs_embeds
-        features = features.reshape(-1, features.shape[-1])
-        if not torch.compiler.is_compiling() and int(is_image.sum()) != features.shape[0]:
-            raise ValueError(
-                f"Image features and image tokens do not match, tokens: {int(is_image.sum())}, "
-                f"features: {features.shape[0]}"
-            )
-        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features)
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds))
 
-    def _touch_vision_tower(self, inputs_embeds, features):
+    def _touch_vision_tower(self, inputs_embeds):
         """In distributed training every rank must run the same modules (ZeRO hangs otherwise), image or not."""
-        if features is not None or not (self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled() and torch.distributed.is_available()):
             return inputs_embeds
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return inputs_embeds
-        if torch.distributed.get_world_size() == 1:
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return inputs_embeds
         vision = self.config.vision_config
-        size = vision.image_size
-        zero = inputs_embeds.new_zeros(1, getattr(vision, "num_channels", 3), size, size)
-        features = self.get_image_features(zero, return_dict=True).pooler_output
+        image = inputs_embeds.new_zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+        features = self.get_image_features(image, return_dict=True).pooler_output
         return inputs_embeds + (features.sum() * 0).to(inputs_embeds)
 
 
-class ModalityCacheMixin:
-    """A cache that also carries `modality_ids`, which follow its rows."""
-
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        self.modality_ids = self.modality_ids[beam_idx.to(self.modality_ids.device)]
-
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self.modality_ids = self.modality_ids.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.modality_ids = self.modality_ids[indices]
+def flat_features(images: BaseModelOutputWithPooling) -> torch.Tensor:
+    """The image tokens of all images, `(tokens, hidden_size)`; `generate` hands them on as a list when it cuts them."""
+    features = images.pooler_output
+    features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+    return features.reshape(-1, features.shape[-1])
 
 
-@functools.cache
-def _modality_cache_class(cache_class):
-    return type(cache_class.__name__, (ModalityCacheMixin, cache_class), {})
-
-
-def remember_modality(cache: Cache, modality_ids: torch.Tensor):
-    """Keeps each row's modality in the cache, so that any later forward over it routes alike."""
-    cache.modality_ids = modality_ids
-    if not torch.compiler.is_compiling() and not isinstance(cache, ModalityCacheMixin):
-        cache.__class__ = _modality_cache_class(type(cache))
+def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions that logits are wanted for."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
 class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
@@ -499,7 +472,9 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Ids to predict, -100 where there is nothing to learn.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute logits for the last so many positions only; 0 for all.
+                Compute logits for the last so many positions only; 0 for all. A tensor names the positions, of every
+                row `(num_positions,)` or of each `(batch_size, num_positions)`; a mask `(batch_size, sequence_length)`
+                gives `(num_true, vocab_size)`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -513,8 +488,7 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
@@ -527,22 +501,38 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    @torch.no_grad()
+    def generate(self, *args, **kwargs):
+        """As [`GenerationMixin.generate`]. The routing table is made once, before the first step."""
+        model, routing = self.model, self.model.routing
+        pinned = routing.pinned
+        model._refresh_kept()
+        if routing.active_layers():
+            model._table()
+        routing.pinned = True
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            routing.pinned = pinned
+
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """Fixes each row's modality from the whole prompt, before it is cut into chunks or down to its new part."""
         cache, images = model_kwargs.get("past_key_values"), model_kwargs.get("mm_encoder_outputs")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if input_ids is not None and input_ids.numel() > 0 and model_kwargs.get("modality_ids") is None:
+        if cache is not None:
+            carry_modality(cache)
+        if input_ids is not None and input_ids.numel() > 0:
             is_image = input_ids == self.config.image_token_id
             if past == 0 and model_kwargs.get("inputs_embeds") is None:
-                model_kwargs = {**model_kwargs, "modality_ids": is_image.any(dim=-1).long()}
+                if model_kwargs.get("modality_ids") is None:
+                    model_kwargs = {**model_kwargs, "modality_ids": is_image.any(dim=-1).long()}
             elif past and images and images.get("image") is not None and input_ids.shape[1] > past:
-                # A second turn on a kept cache: the images of the cached part are in it already.
-                features = images["image"].pooler_output
-                features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
-                features = features.reshape(-1, features.shape[-1])
-                order = (is_image.flatten().cumsum(0) - 1).view_as(is_image)[:, past:]
-                new = features[order[is_image[:, past:]]] if features.shape[0] == int(is_image.sum()) else features
-                images = {"image": BaseModelOutputWithPooling(pooler_output=new)} if new.shape[0] else None
+                # A second turn on a kept cache: images of the cached part are in it already.
+                features = flat_features(images["image"])
+                if features.shape[0] == int(is_image.sum()):
+                    is_new = torch.arange(is_image.shape[1], device=is_image.device) >= past
+                    features = features[is_new.expand_as(is_image)[is_image]]
+                images = {"image": BaseModelOutputWithPooling(pooler_output=features)} if len(features) else None
                 model_kwargs = {**model_kwargs, "mm_encoder_outputs": images}
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
@@ -553,6 +543,38 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
             device = kwargs.get("device") or self.device
             processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
         return processors
+
+    def _get_candidate_generator(
+        self,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        assistant_model=None,
+        **kwargs,
+    ):
+        """Drafts hold no image token, and an assistant that knows no images drafts from the text alone."""
+        image_token_id = self.config.image_token_id
+        text_only = assistant_model is not None and not hasattr(assistant_model.config, "image_token_id")
+        if text_only:
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in IMAGE_ARGUMENTS}
+        generator = super()._get_candidate_generator(
+            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model, **kwargs
+        )
+        if text_only:
+            draft = generator.get_candidates
+
+            def get_candidates(input_ids, *args, **kwargs):
+                candidates, logits = draft(input_ids.masked_fill(input_ids == image_token_id, 0), *args, **kwargs)
+                return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
+
+            generator.get_candidates = get_candidates
+        elif generation_config.prompt_lookup_num_tokens is not None:
+            generator.vocab_size = max(generator.vocab_size, image_token_id + 1)
+            suppress = SuppressTokensLogitsProcessor([image_token_id], device=input_ids.device)
+            generator.logits_processor = LogitsProcessorList([*(generator.logits_processor or []), suppress])
+        return generator
 
     def merge_modality(self, modality: str) -> PreTrainedModel:
         """

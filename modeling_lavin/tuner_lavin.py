@@ -112,16 +112,34 @@ class MMAConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
 
 
-class MMARouting:
+@dataclass
+class KeptRouting:
     """
-    Carries the routing weights of the current forward to the MMA layers of one [`LavinModel`], and what may be kept
-    between forwards while gradients are off.
+    What serves every forward until something changes, where gradients are off.
 
     Attributes:
-        layers (`list[MMALayer]`): the adapted modules of the language model.
-        weights (`dict[int, torch.Tensor]`, *optional*): of each layer, by its index, `(batch, 2)`.
-        collected (`dict[int, torch.Tensor]`, *optional*): filled during the routing pass, `(2 modalities, 2 experts)`.
-        kept (`dict`, *optional*): the table and the layers' dense up maps, see `LavinModel.routing_table`.
+        tensors (`list[torch.Tensor]`): the weights it was made of.
+        key (`tuple`): their state, and the choice of adapter, see [`MMARouting.key`].
+        table (`torch.Tensor`, *optional*): the routing table, `(layers, 2 modalities, 2 experts)`.
+        up (`dict`): each layer's up maps in one product.
+    """
+
+    tensors: list[torch.Tensor]
+    key: tuple
+    table: torch.Tensor | None = None
+    up: dict = field(default_factory=dict)
+
+
+class MMARouting:
+    """
+    Carries the routing weights of the current forward to the MMA layers of one [`LavinModel`].
+
+    Attributes:
+        layers (`list[MMALayer]`): the adapted modules of the language model, in the order of their depth.
+        weights (`dict[str, torch.Tensor]`, *optional*): of each layer, by its key, `(batch, 2)`.
+        collected (`dict[str, torch.Tensor]`, *optional*): filled during the routing pass, `(2 modalities, 2 experts)`.
+        kept (`KeptRouting`, *optional*): of earlier forwards.
+        pinned (`bool`): within `generate`, where nothing changes and what is kept need not be checked.
     """
 
     def __init__(self):
@@ -129,13 +147,35 @@ class MMARouting:
         self.weights = None
         self.collected = None
         self.kept = None
+        self.pinned = False
 
-    def active_layers(self):
+    def active_layers(self) -> list:
         return [layer for layer in self.layers if layer.active]
 
-    def add(self, layer) -> int:
+    def add(self, layer):
         self.layers.append(layer)
-        return len(self.layers) - 1
+        self.layers.sort(key=lambda layer: [int(p) if p.isdigit() else p for p in layer.key.split(".")])
+
+    def key(self, tensors: list[torch.Tensor], embedding: nn.Module) -> tuple:
+        """What the routing table depends on. A weight that changes in place gets a new version."""
+        versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        # The embedding is a wrapper of `modules_to_save` with a choice of its own, once there is an adapter.
+        choice = [(layer.disable_adapters, layer.active_adapters) for layer in self.layers]
+        choice.append((getattr(embedding, "_disable_adapters", None), getattr(embedding, "active_adapters", None)))
+        return versions, choice
+
+    def usable(self) -> KeptRouting | None:
+        """What is kept, where it may serve: compiled code cannot check it, so there only within `generate`."""
+        if torch.is_grad_enabled() or (torch.compiler.is_compiling() and not self.pinned):
+            return None
+        return self.kept
+
+
+class MMALinear(nn.Linear):
+    """A linear map whose float32 weights serve inputs of any dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class MMAUp(nn.Module):
@@ -147,16 +187,28 @@ class MMAUp(nn.Module):
     def __init__(self, features: int, r: int, groups: int, experts: int):
         super().__init__()
         self.groups = groups
-        self.weight = nn.Parameter(torch.empty(experts, features, r // groups, device="meta"))
-        self.bias = nn.Parameter(torch.empty(experts, features, device="meta"))
+        self.weight = nn.Parameter(torch.empty(experts, features, r // groups, device="meta", dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(experts, features, device="meta", dtype=torch.float32))
 
-    def dense(self, scale: float) -> torch.Tensor:
-        """All experts in one map: rows are (expert, r), then one bias row per expert: `(experts * (r + 1), d)`."""
+    def dense(self) -> torch.Tensor:
+        """Each expert's map as one matrix, the bias its last row: `(experts, r + 1, features)`."""
         experts, features, k = self.weight.shape
         blocks = self.weight.view(experts, self.groups, features // self.groups, k).transpose(2, 3)
         eye = torch.eye(self.groups, device=blocks.device, dtype=blocks.dtype)[:, None, :, None]
-        rows = (blocks.unsqueeze(3) * eye).reshape(-1, features)
-        return torch.cat([rows, self.bias]) * scale
+        rows = (blocks.unsqueeze(3) * eye).reshape(experts, -1, features)
+        return torch.cat([rows, self.bias.unsqueeze(1)], dim=1)
+
+    def forward(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor, scale: float, kept: dict | None = None):
+        """x + scale * sum of the experts' outputs on `a`, weighted by `weights`: one product for all experts."""
+        if kept is None:
+            dense = (self.dense() * scale).to(x.dtype).flatten(0, 1)
+        else:
+            if x.dtype not in kept:
+                with torch.inference_mode(False), torch.no_grad():
+                    kept[x.dtype] = (self.dense() * scale).to(x.dtype).flatten(0, 1)
+            dense = kept[x.dtype]
+        mixed = (weights.unsqueeze(-1) * F.pad(a, (0, 1), value=1.0).unsqueeze(-2)).flatten(-2)
+        return torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), dense).view_as(x)
 
 
 class MMALayer(nn.Module, BaseTunerLayer):
@@ -171,22 +223,18 @@ class MMALayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("adapter_down", "adapter_up", "adapter_router")
     other_param_names = ("adapter_dropout", "adapter_config")
 
-    def __init__(self, base_layer: nn.Module, features: int, routing: MMARouting, index: int | None, key: str):
+    def __init__(self, base_layer: nn.Module, features: int, routing: MMARouting, is_text: bool, key: str):
         super().__init__()
         self.base_layer = base_layer
         self.features = features
         self.routing = routing
-        self.index = index  # place in the routing table; None in the vision tower
-        self.key = key
+        self.is_text = is_text
+        self.key = key  # its name in the LavinModel, and its place in the routing table
         self.adapter_down, self.adapter_up, self.adapter_router = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.adapter_dropout, self.adapter_config = nn.ModuleDict(), {}
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
-
-    @property
-    def is_text(self) -> bool:
-        return self.index is not None
 
     @property
     def active_name(self) -> str | None:
@@ -203,17 +251,16 @@ class MMALayer(nn.Module, BaseTunerLayer):
         routed = self.is_text or config.vision_router
         self.adapter_config[adapter_name] = config
         self.adapter_dropout[adapter_name] = nn.Dropout(config.dropout)
-        self.adapter_down[adapter_name] = nn.Linear(self.features, config.r, device="meta", dtype=torch.float32)
-        self.adapter_up[adapter_name] = MMAUp(self.features, config.r, config.groups, 2 if routed else 1).float()
+        self.adapter_down[adapter_name] = MMALinear(self.features, config.r, device="meta", dtype=torch.float32)
+        self.adapter_up[adapter_name] = MMAUp(self.features, config.r, config.groups, 2 if routed else 1)
         if routed:
-            self.adapter_router[adapter_name] = nn.Linear(self.features, 2, device="meta", dtype=torch.float32)
+            self.adapter_router[adapter_name] = MMALinear(self.features, 2, device="meta", dtype=torch.float32)
         device = next(self.base_layer.parameters()).device
         if device.type != "meta":
             for name in self.adapter_layer_names:
                 if adapter_name in getattr(self, name):
                     getattr(self, name)[adapter_name].to_empty(device=device)
             self.reset_parameters(adapter_name, config.init_seed)
-        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=config.inference_mode)
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, seed: int):
@@ -249,16 +296,13 @@ class MMALayer(nn.Module, BaseTunerLayer):
         return self.base_layer(*args, **kwargs)
 
     def adapt(self, x: torch.Tensor) -> torch.Tensor:
-        """The adapted input, in x's dtype and shape. Both experts are one rank-r product and one fused add."""
+        """The adapted input, in x's dtype and shape."""
         name = self.active_name
-        down, up = self.adapter_down[name], self.adapter_up[name]
-        a = F.linear(x, down.weight.to(x.dtype), down.bias.to(x.dtype))
-        a = self.adapter_dropout[name](a)
-        weights = self.expert_weights(x).to(x)
-        mixed = (weights.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
-        mixed = torch.cat([mixed, weights.expand(*a.shape[:-1], -1)], dim=-1)
-        dense = self._dense_up(up, self.adapter_config[name].scale, x.dtype)
-        return torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), dense).view_as(x)
+        a = self.adapter_dropout[name](self.adapter_down[name](x))
+        kept = self.routing.usable() if self.is_text else None
+        if kept is not None:
+            kept = kept.up.setdefault(self.key, {})
+        return self.adapter_up[name](x, a, self.expert_weights(x).to(x), self.adapter_config[name].scale, kept)
 
     def expert_weights(self, x: torch.Tensor) -> torch.Tensor:
         """Weights of the experts, `(batch, length or 1, experts)`."""
@@ -268,22 +312,12 @@ class MMALayer(nn.Module, BaseTunerLayer):
         if self.is_text and routing.collected is None:
             if routing.weights is None:
                 raise RuntimeError("MMA routes by modality: call the LavinModel, not its language model.")
-            return routing.weights[self.index].unsqueeze(1)
-        router = self.adapter_router[name]
-        logits = F.linear(x, router.weight.to(x.dtype), router.bias.to(x.dtype)).float()
+            return routing.weights[self.key].unsqueeze(1)
+        logits = self.adapter_router[name](x).float()
         weights = torch.softmax(logits / self.adapter_config[name].router_temperature, dim=-1)
         if self.is_text:
-            routing.collected[self.index] = weights[:, 0]
+            routing.collected[self.key] = weights[:, 0]
         return weights
-
-    def _dense_up(self, up: MMAUp, scale: float, dtype: torch.dtype) -> torch.Tensor:
-        kept = None if torch.is_grad_enabled() or self.routing.kept is None else self.routing.kept["up"]
-        if kept is None:
-            return up.dense(scale).to(dtype)
-        if (self.key, dtype) not in kept:
-            with torch.inference_mode(False), torch.no_grad():
-                kept[self.key, dtype] = up.dense(scale).to(dtype)
-        return kept[self.key, dtype]
 
 
 NO_SINGLE_MERGE = (
@@ -368,24 +402,27 @@ class MMAModel(BaseTuner):
             raise ValueError(f"MMA adapts modules of the two towers {TOWERS}, not `{current_key}`.")
         key, tower = match.groups()
         is_text = tower == "language_model"
-        features = (lavin.config.text_config if is_text else lavin.config.vision_config).hidden_size
-        index = len(lavin.routing.layers) if is_text else None
-        layer = MMALayer(target, features, lavin.routing, index, key)
+        hidden_size = (lavin.config.text_config if is_text else lavin.config.vision_config).hidden_size
+        layer = MMALayer(target, getattr(target, "in_features", hidden_size), lavin.routing, is_text, key)
         if is_text:
             lavin.routing.add(layer)
         layer.train(target.training)
-        layer._disable_adapters = any(
-            module.disable_adapters for module in lavin.routing.layers if module is not layer
-        )
+        layer._disable_adapters = any(other.disable_adapters for other in lavin.routing.layers)
         layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
         setattr(parent, target_name, layer)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        if autocast_adapter_dtype:
-            lift_to_float32(self.model, adapter_name)
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        lift_to_float32(model, adapter_name)
+        find_lavin(model).routing.kept = None
+
+    def delete_adapter(self, adapter_name: str):
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:
+            # Layers that only the deleted adapter had would not follow the others to the next one.
+            name, config = next(iter(self.peft_config.items()))
+            self.set_adapter(name, inference_mode=config.inference_mode)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs):
         if merge:
@@ -415,7 +452,8 @@ def lift_to_float32(model: nn.Module, adapter_name: str):
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             for parameter in module.modules_to_save[adapter_name].parameters():
-                if parameter.dtype in (torch.float16, torch.bfloat16):
+                # ZeRO-3 keeps the dtype of all its partitions alike.
+                if parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "ds_id"):
                     parameter.data = parameter.data.float()
 
 

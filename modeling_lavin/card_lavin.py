@@ -1,0 +1,102 @@
+"""The model card: `model_card.md` with the real numbers of the model."""
+
+import copy
+import os
+import re
+from pathlib import Path
+
+import torch
+from peft import inject_adapter_in_model
+from transformers.utils import cached_file
+
+from .tuner_lavin import MMAConfig
+
+
+BEGIN, END = "<!-- lavin:facts -->", "<!-- /lavin:facts -->"
+HEADER = "---\n{metadata}\n---\n"
+
+
+def write_card(model, folder):
+    """
+    Writes `README.md`. The text between the two marks and the metadata are made from the model; what the user wrote
+    around them stays. A README of somebody else is left alone, unless a trainer generated it.
+    """
+    target = Path(folder, "README.md")
+    old = target.read_text() if target.is_file() else None
+    if old is not None and BEGIN not in old and "generated_from_trainer" not in old:
+        return
+    body = _body(old if old and BEGIN in old else _template(model))
+    facts = f"{BEGIN}\n{_facts(model)}\n{END}"
+    body = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: facts, body, flags=re.S)
+    target.write_text(HEADER.format(metadata=_metadata(model)) + body)
+
+
+def _template(model) -> str:
+    beside = Path(__file__).with_name("model_card.md")
+    if beside.is_file():
+        return beside.read_text()
+    source = getattr(model.config, "_name_or_path", "")
+    if source:
+        found = os.path.join(source, "README.md") if os.path.isdir(source) else None
+        if found is None:
+            try:
+                found = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False)
+            except OSError:
+                found = None
+        if found and os.path.isfile(found) and BEGIN in Path(found).read_text():
+            return Path(found).read_text()
+    return f"\n# LaVIN\n\n{BEGIN}\n{END}\n"
+
+
+def _body(text: str) -> str:
+    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)
+
+
+def _bases(config) -> list[str]:
+    sources = (
+        [config.base_checkpoint] if config.base_checkpoint else [config.text_checkpoint, config.vision_checkpoint]
+    )
+    return [source if isinstance(source, str) else source["name"] for source in sources if source]
+
+
+def _metadata(model) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: image-text-to-text", "license: apache-2.0"]
+    # The Hub refuses a card whose base_model is a local path.
+    names = [
+        name for name in _bases(model.config) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name)
+    ]
+    if names:
+        lines += ["base_model:", *(f"- {name}" for name in names)]
+    return "\n".join([*lines, "tags:", "- lavin", "- mma", "- peft"])
+
+
+def _facts(model) -> str:
+    config = model.config
+    rows = []
+    for kind in ("vision", "text", "base"):
+        source = getattr(config, f"{kind}_checkpoint")
+        source = {"name": source} if isinstance(source, str) else source
+        tower = getattr(config, f"{kind}_config", None)
+        name = "weights in this repository" if source is None else os.path.basename(source["name"].rstrip("/"))
+        if source is not None and not os.path.isabs(source["name"]):
+            name = f"[{source['name']}](https://huggingface.co/{source['name']})"
+        if source is not None and source.get("revision"):
+            name += f" at `{source['revision'][:12]}`"
+        if tower is not None:
+            rows.append((f"{kind.capitalize()} tower", f"{tower.model_type}, {name}"))
+        elif source is not None:
+            rows.append(("Base", name))
+    rows.append(("Image tokens", f"{config.num_image_tokens}, blocks {config.vision_feature_layers}"))
+    name, adapter = next(
+        ((n, a) for n, a in getattr(model, "peft_config", {}).items() if a.peft_type.value == "MMA"), (None, None)
+    )
+    if adapter is None:  # what `mma: {}` will train
+        name, adapter = "mma", MMAConfig()
+        with torch.device("meta"):
+            model = type(model)(copy.deepcopy(config))
+        inject_adapter_in_model(adapter, model, name)
+    trained = sum(p.numel() for n, p in model.named_parameters() if f".{name}." in n)
+    rows.append(("Trainable parameters", f"{trained:,}"))
+    settings = ("r", "groups", "scale", "router_temperature", "dropout")
+    rows.append(("Adapter", ", ".join(f"{key} {getattr(adapter, key)}" for key in settings)))
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -1,0 +1,122 @@
+"""Reads the weights of the two towers from their own checkpoints, under the names they have in a LaVIN."""
+
+import json
+import os
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel
+from transformers.utils import cached_file
+
+from .configuration_lavin import LavinConfig, vision_part
+
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+NOT_WEIGHTS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias", "attn.bias")  # buffers of old checkpoints
+
+
+def named_base(name, commit: str | None) -> dict:
+    """How a config names a checkpoint: a folder by its whole path, a Hub repository by name and commit."""
+    if os.path.isdir(name):
+        return {"name": os.path.abspath(name), "revision": None}
+    return {"name": str(name), "revision": commit}
+
+
+def tower_config(name, revision: str | None, hub: dict):
+    """A tower's configuration, and how to name its checkpoint."""
+    config = AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
+    return config, named_base(name, getattr(config, "_commit_hash", None) or revision)
+
+
+def read_towers(config: LavinConfig, name, hub: dict) -> dict[str, torch.Tensor]:
+    """
+    The state dict of a LaVIN's two towers, read from the checkpoints its config names. One dict, so that dtype,
+    `device_map` and quantisation act on the whole.
+
+    Args:
+        config (`LavinConfig`): with `vision_checkpoint` and `text_checkpoint`.
+        name (`str`): of the folder the config is from, for messages.
+        hub (`dict`): `token`, `cache_dir` and the like.
+
+    Raises:
+        `OSError`: if one of the two cannot be reached.
+    """
+    vision = _read_checkpoint(config.vision_checkpoint, "vision", name, hub)
+    text = _read_checkpoint(config.text_checkpoint, "text", name, hub)
+    return {**_vision_keys(vision, config), **_text_keys(text, config)}
+
+
+def _read_checkpoint(source, kind: str, name, hub: dict) -> dict[str, torch.Tensor]:
+    if source is None:
+        raise OSError(
+            f"{name} holds no weights and names no {kind} checkpoint: pass `{kind}_checkpoint={{'name': ..., "
+            "'revision': None}` to `from_pretrained`."
+        )
+    source = {"name": source, "revision": None} if isinstance(source, str) else source
+    try:
+        files = _weight_files(source["name"], {**hub, "revision": source.get("revision") or "main"})
+    except OSError as error:
+        raise OSError(
+            f"The {kind} checkpoint of {name}, {source['name']} at revision {source.get('revision')}, cannot be "
+            f"reached: {error} Put it there, or name another with `from_pretrained(..., {kind}_checkpoint={{'name': "
+            "..., 'revision': None})`."
+        ) from error
+    tensors = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as handle:
+                tensors.update({key: handle.get_tensor(key) for key in handle.keys()})
+        else:
+            tensors.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    return tensors
+
+
+def _weight_files(name, hub: dict) -> list[str]:
+    if not os.path.isdir(name):
+        AutoConfig.from_pretrained(name, **hub)  # says why a repository cannot be reached
+    for file in WEIGHT_FILES:
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+        if path is None:
+            continue
+        if not file.endswith(".json"):
+            return [path]
+        with open(path, encoding="utf-8") as index:
+            shards = sorted(set(json.load(index)["weight_map"].values()))
+        return [cached_file(name, shard, **hub) for shard in shards]
+    raise OSError(f"{name} has no weights ({', '.join(WEIGHT_FILES)}).")
+
+
+def _vision_keys(tensors: dict, config: LavinConfig) -> dict:
+    """A tower's own checkpoint, an older one with `vision_model.`, or the vision half of a whole CLIP or SigLIP."""
+    with torch.device("meta"):
+        expected = set(AutoModel.from_config(vision_part(config.vision_config)).state_dict())
+    renamed = {}
+    for key, tensor in tensors.items():
+        for name in (key, key.removeprefix("vision_model."), f"vision_model.{key}"):
+            if name in expected:
+                renamed[f"model.vision_tower.{name}"] = tensor
+                break
+    return renamed
+
+
+def _text_keys(tensors: dict, config: LavinConfig) -> dict:
+    """A causal language model's checkpoint, or a bare decoder's."""
+    if "lm_head.bias" in tensors:
+        raise ValueError(f"The head of {config.text_config.model_type} has a bias, which LaVIN's has not.")
+    prefix = AutoModel._model_mapping[type(config.text_config)].base_model_prefix + "."
+    has_prefix = any(key.startswith(prefix) for key in tensors)
+    renamed = {}
+    for key, tensor in tensors.items():
+        if key.endswith(NOT_WEIGHTS) and not key.endswith("c_attn.bias"):
+            continue
+        if key == "lm_head.weight":
+            if not config.tie_word_embeddings:
+                renamed[key] = tensor
+        elif key.startswith(prefix) or not has_prefix:
+            renamed["model.language_model." + key.removeprefix(prefix)] = tensor
+    return renamed

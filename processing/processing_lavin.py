@@ -1,0 +1,349 @@
+"""Text and images to tensors: LaVIN's text format as a chat template, its image preprocessing, its checks."""
+
+import json
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
+
+from .configuration_lavin import default_vision_feature_layers, vision_part
+
+
+# LaVIN's format: [BOS] "Image: " <image tokens> prompt answer [EOS], or "Image: N/A" where there is no image. The
+# reference tokenises prefix, image and prompt apart, so each begins with its own word-start marker. The tokenizer of a
+# LaVIN adds no such marker by itself (see `_without_word_start`): the template writes the spaces. Then one string, and
+# prompt and completion tokenised apart as TRL does, give the same ids.
+#
+# Beyond the format: a system message is a line before "Image:"; a later user turn has the "Image:" header only if it
+# brings images (a longer conversation begins with the shorter one's ids); an answer follows "Response:", appended as a
+# line where the user's text does not end with it already; assistant messages in a row are one answer.
+DEFAULT_CHAT_TEMPLATE = """\
+{#- One message's parts in their order. A text or image that follows another kind begins with a space. -#}
+{%- macro render(content, last) -%}
+    {%- set seen = namespace(last=last) -%}
+    {%- for part in ([{'type': 'text', 'text': content}] if content is string else content or []) -%}
+        {%- if part.type == 'image' -%}
+            {{- (' ' if seen.last != 'image' else '') + '<image>' -}}
+        {%- elif part.type == 'text' -%}
+            {#- An image token typed by the user is text: it must not become an image. -#}
+            {{- (' ' if seen.last != 'text' and part.text else '') + part.text | replace('<image>', '<image >') -}}
+        {%- else -%}
+            {{- raise_exception('LaVIN reads parts of type "text" and "image", got "' ~ part.type ~ '".') -}}
+        {%- endif -%}
+        {%- set seen.last = part.type if part.type == 'image' or part.text else seen.last -%}
+    {%- endfor -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- set turn = namespace(header=false, asked=false) -%}
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}
+        {{- render(message.content, 'header') ~ '\\n' -}}
+    {%- elif message.role == 'user' -%}
+        {%- set images = [] if message.content is string
+            else (message.content or []) | selectattr('type', 'equalto', 'image') | list -%}
+        {{- ' Image:' if images else ('' if turn.header else ' Image: N/A') -}}
+        {%- set text = render(message.content, 'header') -%}{{- text -}}
+        {%- set turn.header = true -%}
+        {%- set turn.asked = text.rstrip().endswith('Response:') -%}
+    {%- elif message.role == 'assistant' -%}
+        {{- '' if turn.asked else '\\nResponse:' -}}
+        {%- set text = render(message.content, 'text') -%}
+        {%- set turn.asked = not loop.last and loop.nextitem.role == 'assistant' -%}
+        {%- generation -%}{{- text -}}{{- '' if turn.asked else eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- raise_exception('LaVIN knows the roles "system", "user" and "assistant", got "' ~ message.role ~ '".') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and not turn.asked -%}{{- '\\nResponse:' -}}{%- endif -%}
+"""
+
+
+class LavinProcessor(ProcessorMixin):
+    r"""
+    Image processor and tokenizer of a LaVIN in one.
+
+    Args:
+        image_processor ([`CLIPImageProcessorPil`], *optional*):
+            Any image processor that returns `pixel_values` of one shape.
+        tokenizer ([`PreTrainedTokenizerFast`], *optional*):
+            A fast tokenizer that holds `image_token` as one token.
+        num_image_tokens (`int`, *optional*, defaults to 6):
+            Image tokens of one image: `LavinConfig.num_image_tokens`.
+        image_token (`str`, *optional*, defaults to `"<image>"`):
+            Where an image goes in a text that is passed to `__call__`. Each becomes `num_image_tokens` tokens. Typed
+            inside the content of a chat message it is text like any other and reaches the model as `"<image >"`.
+        chat_template (`str`, *optional*):
+            Jinja template of a conversation; [`~LavinProcessor.from_vision_text_pretrained`] gives LaVIN's own.
+
+    Images are passed as one list per row (`[[image, image], [], [image]]`), or as a flat list where that is
+    unambiguous. Batches are padded on the left unless `padding_side` says otherwise.
+
+    Raises:
+        `ValueError`: if a row's images and image slots differ in number, an image cannot be read, truncation cuts
+        image tokens, there is no template, or the tokenizer is slow or does not hold `image_token`.
+
+    Example:
+
+    ```python
+    >>> from lavin import LavinProcessor
+    >>> processor = LavinProcessor.from_vision_text_pretrained("openai/clip-vit-large-patch14", "huggyllama/llama-7b")
+    >>> content = [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "Who is this?"}]
+    >>> processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    '<s> Image: <image> Who is this?\nResponse:'
+    ```
+    """
+
+    _auto_class = "AutoProcessor"  # saving writes `auto_map` and this file with it
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens: int = 6,
+        image_token: str = "<image>",
+        chat_template=None,
+        **kwargs,
+    ):
+        if num_image_tokens < 1:
+            raise ValueError(f"`num_image_tokens` must be at least 1, got {num_image_tokens}.")
+        if type(image_processor).__name__ == "CLIPImageProcessor":
+            # What AutoImageProcessor makes of a saved PIL one where torchvision is installed; it resizes otherwise.
+            image_processor = CLIPImageProcessorPil.from_dict(image_processor.to_dict())
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if not tokenizer.is_fast or image_token not in tokenizer.get_added_vocab():
+            raise ValueError(
+                f"LavinProcessor needs a fast tokenizer that holds {image_token!r} as an added token, got "
+                f"{type(tokenizer).__name__}. `LavinProcessor.from_vision_text_pretrained(vision, text)` builds it."
+            )
+        if "padding_side" not in tokenizer.init_kwargs:  # nobody has chosen one: the side that generation needs
+            tokenizer.padding_side = "left"
+        self.num_image_tokens = num_image_tokens
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str,
+        text: str,
+        num_image_tokens: int | None = None,
+        preprocessing: str = "lavin",
+        image_token: str = "<image>",
+        chat_template: str | None = None,
+        vision_revision: str | None = None,
+        text_revision: str | None = None,
+        **kwargs,
+    ) -> "LavinProcessor":
+        r"""
+        The processor of a LaVIN made of two checkpoints.
+
+        Args:
+            vision, text (`str`): Folders or Hub names of a vision tower (or whole CLIP, SigLIP) and a language model.
+            num_image_tokens (`int`, *optional*): Defaults to one for every fourth block of the vision tower.
+            preprocessing (`str`, *optional*, defaults to `"lavin"`):
+                `"lavin"`: squashed to the tower's square, ImageNet's mean and standard deviation, as the released
+                adapters were trained. `"clip"`: CLIP's own, shortest edge and centre crop, CLIP's mean and deviation.
+            image_token (`str`, *optional*, defaults to `"<image>"`): Added to the tokenizer where it is new.
+            chat_template (`str`, *optional*): Defaults to LaVIN's format.
+            vision_revision, text_revision (`str`, *optional*): Default to `revision` among the `kwargs`.
+            kwargs: For `from_pretrained` of configuration and tokenizer (`token`, `cache_dir`, ...).
+        """
+        revision = kwargs.pop("revision", None) or "main"
+        config = vision_part(AutoConfig.from_pretrained(vision, revision=vision_revision or revision, **kwargs))
+        if getattr(config, "image_size", None) is None:
+            raise ValueError(f"{vision} is no vision tower: a {config.model_type} has no `image_size`.")
+        if num_image_tokens is None:
+            num_image_tokens = len(default_vision_feature_layers(config.num_hidden_layers))
+        tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision or revision, **kwargs)
+        if tokenizer.eos_token is None:
+            raise ValueError(f"The tokenizer of {text} has no EOS token: the model could not learn to end an answer.")
+        tokenizer = _without_word_start(tokenizer)
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": [AddedToken(image_token, special=True, normalized=False)]},
+            replace_extra_special_tokens=False,
+        )
+        if chat_template is None:
+            chat_template = DEFAULT_CHAT_TEMPLATE.replace("<image >", _broken(image_token))
+            chat_template = chat_template.replace("<image>", image_token)
+        tokenizer.chat_template = chat_template  # not the base model's: a reloaded folder has one template for both
+        return cls(
+            image_processor=_image_processor(config.image_size, preprocessing),
+            tokenizer=tokenizer,
+            num_image_tokens=num_image_tokens,
+            image_token=image_token,
+            chat_template=chat_template,
+        )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self.num_image_tokens
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """[`~ProcessorMixin.apply_chat_template`], where an image token typed in a text is text in every template."""
+        if chat_template is None and self.chat_template is None:
+            raise ValueError(
+                "This processor has no chat template (is `chat_template.jinja` missing from its folder?). Pass "
+                "`chat_template=...` or set `processor.chat_template`; LaVIN's own is `DEFAULT_CHAT_TEMPLATE`."
+            )
+        return super().apply_chat_template(self._break_typed_tokens(conversation), chat_template, **kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if images is not None:
+            rows = _as_list(images)
+            nested = any(row is None or isinstance(row, (list, tuple)) for row in rows)
+            images = [
+                [self._read_image(image, i, n if nested else None) for i, image in enumerate(_as_list(row))]
+                for n, row in enumerate(rows if nested else [rows])
+            ]
+            images = None if not any(images) else images if nested else images[0]
+        images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
+        # A rendered template has its BOS already; a tokenizer that adds one by itself would write it twice.
+        bos = self.tokenizer.bos_token
+        special = kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True))
+        if text is not None and bos and special and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
+            text = [sample.removeprefix(bos) if isinstance(sample, str) else sample for sample in text]
+        return images, text, videos, audio
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        # The base compares the sums of the batch: a slot too many in one row would take the next row's image.
+        if isinstance(text, list) and all(isinstance(sample, str) for sample in text):
+            slots = [sample.count(self.image_token) for sample in text]
+            if images is None:
+                counts = [0] * len(text)
+            elif isinstance(images[0], list):
+                counts = [len(row) for row in images]
+            elif len(images) == len(text) > 1:  # a flat list of one image each
+                counts = [1] * len(text)
+            else:  # a flat list in reading order
+                counts = slots if len(images) == sum(slots) else [len(images)]
+            how = "Pass one list of images per row: `images=[[first, second], [], ...]`."
+            if len(counts) != len(text):
+                raise ValueError(f"{len(text)} texts with {slots} image slots, but images for {counts}. {how}")
+            for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+                if slot != count:
+                    raise ValueError(
+                        f"Row {row} has {slot} image slots ({self.image_token}) in its text, but {count} images. "
+                        f"Write one slot per image; in a chat that is a content part of type 'image'. {how}"
+                    )
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _read_image(self, image, index: int, row: int | None):
+        try:
+            image = self.image_processor.fetch_images(image)
+            if hasattr(image, "convert"):  # PIL reads lazily: a broken file shows itself here
+                image = image.convert("RGB")
+        except Exception as error:
+            where = f"image {index}" + ("" if row is None else f" of row {row}")
+            source = f" ({image[:100]!r})" if isinstance(image, str) else ""
+            raise ValueError(
+                f"Cannot read {where}{source}: {error}. Pass a PIL image, an array, or the path, URL or base64 text "
+                "of an image file that can be decoded; repair the file or leave its row out."
+            ) from error
+        return image
+
+    def _check_special_mm_tokens(self, text, text_inputs, modalities):
+        ids = text_inputs["input_ids"]
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        for row, (sample, row_ids) in enumerate(zip(text, ids, strict=True)):
+            expected, found = sample.count(self.image_token), row_ids.count(self.image_token_id)
+            if found != expected:
+                # TRL knows the first words and adds its own advice.
+                raise ValueError(
+                    f"Image features and image tokens do not match, tokens: {found}, features: {expected} in row "
+                    f"{row}: truncation has cut image tokens off. Raise `max_length` or turn truncation off."
+                )
+
+    def _break_typed_tokens(self, messages):
+        """A copy of the conversation(s) in which no text, nor two texts in a row, holds the image token."""
+        if messages and isinstance(messages[0], (list, tuple)):
+            return [self._break_typed_tokens(conversation) for conversation in messages]
+        tail = ""  # of the text before, where it could begin a token
+
+        def clean(item):
+            nonlocal tail
+            if isinstance(item, (list, tuple)):
+                return [clean(part) for part in item]
+            if isinstance(item, dict):
+                tail = "" if item.get("type") == "image" else tail
+                return {key: clean(value) if key in ("content", "text") else value for key, value in item.items()}
+            if isinstance(item, str):
+                item = item.replace(self.image_token, _broken(self.image_token))
+                item = " " + item if self.image_token in tail + item else item
+                tail = (tail + item)[1 - len(self.image_token) :]
+            return item
+
+        return clean(messages)
+
+
+def _broken(image_token: str) -> str:
+    """The image token as readable text that is no token."""
+    return f"{image_token[:-1]} {image_token[-1]}"
+
+
+def _as_list(images) -> list:
+    return list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+
+
+def _image_processor(image_size, preprocessing: str) -> CLIPImageProcessorPil:
+    height, width = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
+    square = {"height": height, "width": width}
+    if preprocessing == "lavin":
+        imagenet = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+        return CLIPImageProcessorPil(size=square, do_center_crop=False, **imagenet)
+    if preprocessing == "clip":  # mean and deviation are the class's defaults, as is bicubic for both
+        return CLIPImageProcessorPil(size={"shortest_edge": min(height, width)}, crop_size=square)
+    raise ValueError(f'`preprocessing` must be "lavin" or "clip", got {preprocessing!r}.')
+
+
+def _without_word_start(tokenizer) -> PreTrainedTokenizerFast:
+    """
+    The same vocabulary without the word-start marker that SentencePiece-like tokenizers put before every text: TRL
+    tokenises prompt and completion apart, and the answer would begin with "▁The" instead of "The".
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"LaVIN needs a fast tokenizer, and {type(tokenizer).__name__} has no fast version.")
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+
+    def strip(node):
+        if isinstance(node, list):
+            return [child for child in map(strip, node) if child is not None]
+        if isinstance(node, dict):
+            if node.get("type") in ("Prepend", "Strip"):  # the decoder's Strip undoes Prepend
+                return None
+            never = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+            return {key: strip(value) for key, value in node.items()} | never.get(node.get("type"), {})
+        return node
+
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        spec[part] = strip(spec[part])
+
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        padding_side="left",
+        extra_special_tokens=list(tokenizer.extra_special_tokens),
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        **tokenizer.special_tokens_map,
+    )
+    if result.pad_token in (None, result.eos_token):
+        result.pad_token = _pad_token(result)
+    return result
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """
+    A token for padding that is never a label: collators that hide the pad token's id from the loss would hide EOS with
+    it, and the model would not learn to stop. Only tokens that have a row in the embedding count. Where every special
+    token is EOS (GPT-2), EOS it is: TRL takes its labels from the attention mask and is not affected.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spare = [token for word in ("pad", "reserved") for token in special if word in token]
+    for token in [tokenizer.unk_token, *spare]:
+        if token and token not in (tokenizer.bos_token, tokenizer.eos_token):
+            return token
+    return tokenizer.eos_token
+
+
+__all__ = ["LavinProcessor"]

@@ -1,0 +1,1 @@
+"""The one-command default: a tiny LaVIN that learns to read pictures on two CPU cores."""

@@ -1,0 +1,606 @@
+"""The processor: LaVIN's ids by every path TRL takes, images, saving, and each clear error."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoProcessor, CLIPConfig, CLIPVisionConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from lavin.processing_lavin import DEFAULT_CHAT_TEMPLATE, LavinProcessor
+
+
+ROOT = Path(__file__).parents[1]
+FIXTURE = ROOT / "tests/fixtures/llama_tokenisation.json"
+LLAMA = ROOT.parent / "shared/llama_tokenizer"  # its own licence: not in the repository
+ROWS = json.loads(FIXTURE.read_text(encoding="utf-8"))
+
+CORPUS = [
+    "Image: N/A Question: What is this? The answer is B. BECAUSE: it is red.\nResponse:The answer is A.",
+    "Which of these is a cat? Options: (A) dog (B) cat Context: N/A Be brief. Why? No. < image>",
+]
+FAMILIES = ["qwen", "gpt2", "llama3", "sentencepiece", "sentencepiece_legacy"]
+PROMPT, ANSWER = "Question: Which is a cat?\nResponse:", "The answer is B."
+
+
+def picture(size=(20, 12), color=(200, 30, 60)):
+    return Image.new("RGB", size, color)
+
+
+def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """Trained on two sentences; the word-start handling is that of the family."""
+    spm = family.startswith("sentencepiece")
+    special = {
+        "qwen": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        "gpt2": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+    }.get(family, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True) if spm else models.BPE())
+    names = list(dict.fromkeys(special.values())) + ["<|reserved_special_token_0|>"] * (family == "llama3")
+    alphabet = [] if spm else pre_tokenizers.ByteLevel.alphabet()
+    if family == "sentencepiece":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    elif family == "sentencepiece_legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    if spm:
+        names += [f"<0x{byte:02X}>" for byte in range(256)]
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(steps)
+    # SentencePiece learns no piece that joins a letter to a colon
+    corpus = [word for line in CORPUS for word in re.findall(r"\w+|[^\w\s]", line)] if spm else CORPUS
+    trainer = trainers.BpeTrainer(
+        vocab_size=400 + len(names), special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    if spm:  # the bytes are ordinary pieces, not special tokens
+        spec = json.loads(tokenizer.to_str())
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["content"].startswith("<0x")]
+        tokenizer = Tokenizer.from_str(json.dumps(spec))
+    if "bos_token" in special and family != "gpt2":  # GPT-2 has a BOS and does not add it
+        bos = special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    CLIPVisionConfig(num_hidden_layers=8, image_size=16, patch_size=8).save_pretrained(root / "vision")
+    CLIPVisionConfig(num_hidden_layers=24, image_size=16, patch_size=8).save_pretrained(root / "vision24")
+    for family in FAMILIES:
+        tiny_tokenizer(family).save_pretrained(root / family)
+    return root
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def processor(request, folders):
+    return LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / request.param)
+
+
+@pytest.fixture(scope="module")
+def qwen(folders):
+    return LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / "qwen")
+
+
+@pytest.fixture(scope="module")
+def llama(folders, tmp_path_factory):
+    if not (LLAMA / "tokenizer.model").is_file():
+        pytest.skip("LLaMA's tokenizer.model is not here")
+    text = tmp_path_factory.mktemp("llama")
+    (text / "tokenizer.model").write_bytes((LLAMA / "tokenizer.model").read_bytes())
+    (text / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    return LavinProcessor.from_vision_text_pretrained(folders / "vision24", text)
+
+
+def user(*parts):
+    """A user message; each part is a text or an image (`None`: a place for one)."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str)
+        else {"type": "image"} | ({} if part is None else {"image": part})
+        for part in parts
+    ]  # fmt: skip
+    return {"role": "user", "content": content}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def render(processor, *messages, **kwargs):
+    return processor.apply_chat_template(list(messages), **kwargs)
+
+
+def row_ids(processor, *messages, **kwargs):
+    return processor.apply_chat_template(list(messages), tokenize=True, return_dict=True, **kwargs)["input_ids"][0]
+
+
+def collate(processor, *examples, **kwargs):
+    sft = pytest.importorskip("trl.trainer.sft_trainer")
+    return sft.DataCollatorForVisionLanguageModeling(processor=processor, **kwargs)(list(examples))
+
+
+def example(prompt, answer, *images):
+    """A prompt-completion row as a data set holds it."""
+    places = [None] * len(images)
+    return {"images": list(images), "prompt": [user(*places, prompt)], "completion": [assistant(answer)]}
+
+
+def run_fresh(code: str, *args, cwd):
+    """Runs code in a process that can import neither `lavin` nor torchvision."""
+    block = "import sys; sys.modules['lavin'] = sys.modules['torchvision'] = None\n"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= {"HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", block + code, *map(str, args)]
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# ---- LaVIN's own ids: the 17 rows of the reference
+
+
+def fixture_ids(row, processor):
+    return [processor.image_token_id if i == -200 else i for i in row["input_ids"]]
+
+
+def test_fixture_as_one_string(llama):
+    assert len(ROWS) == 17 and (llama.num_image_tokens, llama.image_token_id) == (6, 32000)
+    for row in ROWS:
+        images = [picture()] if row["has_image"] else []
+        assert row_ids(llama, user(*images, row["prompt"]), assistant(row["answer"])) == fixture_ids(row, llama)
+
+
+def check_fixture_through_trl(processor):
+    examples = [example(row["prompt"], row["answer"], *[picture()] * row["has_image"]) for row in ROWS]
+    batch = collate(processor, *examples, completion_only_loss=True)
+    assert len(batch["pixel_values"]) == sum(row["has_image"] for row in ROWS)
+    for row, ids, labels in zip(ROWS, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        expected, first = fixture_ids(row, processor), row["first_label_index"]
+        assert ids[: len(expected)] == expected
+        assert labels[:first] == [-100] * first
+        assert labels[first : len(expected)] == expected[first:]
+        assert set(labels[len(expected) :]) <= {-100}
+
+
+def test_fixture_as_trl_tokenises_it(llama):
+    check_fixture_through_trl(llama)
+
+
+def test_fixture_survives_save_and_load(llama, tmp_path):
+    """Saved, loaded where `lavin` cannot be imported, saved from there, loaded again: the same ids."""
+    rows = [{"prompt": row["prompt"], "answer": row["answer"], "has_image": row["has_image"]} for row in ROWS]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    llama.save_pretrained(tmp_path / "first")
+    code = """
+import json
+from PIL import Image
+from transformers import AutoProcessor
+for source, target in [("first", "second"), ("second", "third")]:
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    ids = []
+    for row in json.load(open("rows.json")):
+        content = [{"type": "image", "image": Image.new("RGB", (9, 9))}] * row["has_image"]
+        content.append({"type": "text", "text": row["prompt"]})
+        chat = [{"role": "user", "content": content}, {"role": "assistant", "content": row["answer"]}]
+        ids += processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    print(json.dumps(ids))
+    processor.save_pretrained(target)
+"""
+    lines = run_fresh(code, cwd=tmp_path).splitlines()
+    assert [json.loads(line) for line in lines] == [[fixture_ids(row, llama) for row in ROWS]] * 2
+    check_fixture_through_trl(LavinProcessor.from_pretrained(tmp_path / "third"))
+
+
+# ---- every family: one string and apart are the same
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_one_string_equals_prompt_and_completion_apart(processor, images):
+    images = [picture()] * images
+    whole = row_ids(processor, user(*images, PROMPT), assistant(ANSWER))
+    batch = collate(processor, example(PROMPT, ANSWER, *images), completion_only_loss=True)
+    assert batch["input_ids"][0].tolist() == whole
+    answer = processor.tokenizer(ANSWER, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    assert [label for label in batch["labels"][0].tolist() if label != -100] == answer == whole[-len(answer) :]
+    assert whole.count(processor.image_token_id) == len(images) * processor.num_image_tokens
+
+
+def test_a_prompt_that_ends_in_a_word_does_not_grow_together_with_the_answer(processor):
+    whole = row_ids(processor, user("Which is"), assistant("a cat"))
+    assert collate(processor, example("Which is", "a cat"))["input_ids"][0].tolist() == whole
+    assert processor.decode(whole, skip_special_tokens=True) == " Image: N/A Which is\nResponse:a cat"
+
+
+def test_text_only_data_set_gets_the_same_ids(processor):
+    data_utils = pytest.importorskip("trl.data_utils")
+    ids = data_utils._tokenize(processor, [user(PROMPT), assistant(ANSWER)])["input_ids"]
+    assert ids == row_ids(processor, user(PROMPT), assistant(ANSWER))
+
+
+def test_bos_once_or_not_at_all(processor):
+    tokenizer = processor.tokenizer
+    ids = row_ids(processor, user(PROMPT), add_generation_prompt=True)
+    assert ids[:1] == [tokenizer.bos_token_id] or tokenizer.bos_token is None
+    text = render(processor, user(PROMPT), add_generation_prompt=True)
+    for kwargs in ({}, {"add_special_tokens": False}, {"text_kwargs": {"add_special_tokens": False}}):
+        assert processor(text=text, **kwargs)["input_ids"][0] == ids
+
+
+def test_words_are_those_of_the_base_tokenizer(folders):
+    for family in FAMILIES:
+        base = tiny_tokenizer(family)
+        ours = LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / family).tokenizer
+        space = " " * family.startswith("sentencepiece")  # what the base puts before every text, we write
+        assert ours(space + PROMPT)["input_ids"] == base(PROMPT)["input_ids"]
+        assert ours.convert_tokens_to_ids("<image>") == len(base)
+        text = "The answer\n é is"
+        assert ours.decode(ours(text, add_special_tokens=False)["input_ids"]) == text
+
+
+# ---- the template
+
+
+def test_conversations(qwen):
+    system = {"role": "system", "content": "Be brief."}
+    end = "<|im_end|>"
+    cases = [
+        ([user(None, PROMPT)], " Image: <image> " + PROMPT),
+        ([{"role": "user", "content": PROMPT}], " Image: N/A " + PROMPT),
+        ([user(None, None, "Same?")], " Image: <image><image> Same?"),
+        ([user("Is", None, "like", None, "?")], " Image: Is <image> like <image> ?"),
+        ([user(None)], " Image: <image>"),
+        ([user(None, "a", "b")], " Image: <image> ab"),
+        ([system, user("Why?")], " Be brief.\n Image: N/A Why?"),
+        ([user("Why?"), assistant("No.")], f" Image: N/A Why?\nResponse:No.{end}"),
+        (
+            [user(None, PROMPT), assistant("A."), user("Why?"), assistant("B."), user(None, "And this?")],
+            f" Image: <image> {PROMPT}A.{end} Why?\nResponse:B.{end} Image: <image> And this?",
+        ),
+    ]
+    for messages, expected in cases:
+        assert render(qwen, *messages) == expected
+
+
+def test_generation_prompt_and_turns_are_prefixes(processor):
+    """What the model saw before it answered is what it was trained on; a longer chat begins with the shorter one."""
+    chat = [user(None, "Which is it?"), assistant("A cat."), user("Why?"), assistant("No."), user(None, PROMPT)]
+    texts = [render(processor, *chat[:n], add_generation_prompt=n % 2 == 1) for n in range(1, 6)]
+    assert all(longer.startswith(shorter) for shorter, longer in zip(texts, texts[1:], strict=False))
+    assert texts[0].endswith("Which is it?\nResponse:")
+    assert texts[4].endswith(PROMPT) and not texts[4].endswith("Response:\nResponse:")
+
+
+def test_continue_final_message(processor):
+    chat = [user(None, PROMPT), assistant("The <image> answer")]
+    text = render(processor, *chat, continue_final_message=True)
+    assert text.endswith(PROMPT + "The <image > answer")
+    # TRL's own way with a prompt that ends in the assistant's words
+    rows = {"images": [picture()], "prompt": chat, "completion": [assistant(" is B.")]}
+    labels = collate(processor, rows, completion_only_loss=True)["labels"][0]
+    assert processor.decode(labels[labels != -100], skip_special_tokens=True) == " is B."
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_assistant_mask_lies_on_the_answers(processor, side):
+    picks = [
+        [user(picture(), "Is", picture(), "it?"), assistant("Red."), user(picture(), "Why?"), assistant("A cat.")],
+        [user("Why?"), assistant("The answer is A.")],
+    ]
+    kwargs = {"padding": True, "padding_side": side}
+    batch = processor.apply_chat_template(
+        picks, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, processor_kwargs=kwargs
+    )
+    eos = processor.tokenizer.eos_token
+    for ids, mask, expected in zip(
+        batch["input_ids"], batch["assistant_masks"], [f"Red.{eos}A cat.{eos}", f"The answer is A.{eos}"], strict=True
+    ):
+        assert processor.decode([i for i, m in zip(ids, mask, strict=True) if m]) == expected
+
+
+def test_trl_assistant_only_loss(processor):
+    utils = pytest.importorskip("trl.chat_template_utils")
+    assert utils.has_generation_markers(processor.chat_template)
+    assert utils.is_chat_template_stop_token_trained(processor)
+    rows = [
+        {"images": [picture()] * 2, "messages": [user(None, "Is", None, "it?"), assistant("Red."), user("Why?")]},
+        {"images": [], "messages": [user("Why?"), assistant("No."), user("Why?"), assistant("A cat.")]},
+    ]
+    labels = collate(processor, *rows, assistant_only_loss=True)["labels"]
+    eos = processor.tokenizer.eos_token
+    assert [processor.decode(row[row != -100]) for row in labels] == [f"Red.{eos}", f"No.{eos}A cat.{eos}"]
+
+
+def test_own_template_and_image_token(folders, tmp_path):
+    own = "{% for part in messages[0].content %}{{ part.text if part.type == 'text' else '<|img|>' }}{% endfor %}"
+    processor = LavinProcessor.from_vision_text_pretrained(
+        folders / "vision", folders / "qwen", image_token="<|img|>", chat_template=own
+    )
+    text = render(processor, user(None, "a <|img|> <image>"))
+    assert text == "<|img|>a <|img| > <image>"  # typed text is text in every template
+    processor.save_pretrained(tmp_path)
+    loaded = LavinProcessor.from_pretrained(tmp_path)
+    assert loaded.image_token == "<|img|>" and loaded.chat_template == loaded.tokenizer.chat_template == own
+    default = LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / "qwen", image_token="<|img|>")
+    assert render(default, user(None, "a <|img|>")) == " Image: <|img|> a <|img| >"
+
+
+def test_unknown_roles_and_parts_are_named(qwen):
+    with pytest.raises(Exception, match='"user" and "assistant", got "tool"'):
+        render(qwen, {"role": "tool", "content": "x"})
+    with pytest.raises(Exception, match='got "sound"'):
+        render(qwen, {"role": "user", "content": [{"type": "sound"}]})
+
+
+# ---- a typed image token is text
+
+TYPED = [("What does <image> mean?",), ("<image>", "<image>"), ("<ima", "ge> twice <ima", "ge>"), ("<im<image>age>",)]
+
+
+@pytest.mark.parametrize("texts", TYPED)
+@pytest.mark.parametrize("images", [0, 1])
+def test_typed_image_token_stays_text(processor, texts, images):
+    chat = [user(*[picture()] * images, *texts), assistant("An <image> tag.")]
+    before = json.dumps(chat, default=str)
+    ids = row_ids(processor, *chat)
+    assert ids.count(processor.image_token_id) == images * processor.num_image_tokens
+    text = processor.decode(ids, skip_special_tokens=True)
+    assert "<image >" in text or "ge>" in text  # readable
+    assert "An <image > tag." in text
+    assert json.dumps(chat, default=str) == before
+    rows = {"images": [picture()] * images, "prompt": [user(*[None] * images, *texts)], "completion": chat[1:]}
+    assert collate(processor, rows)["input_ids"][0].tolist() == ids
+    rows = {"images": [picture()] * images, "messages": [user(*[None] * images, *texts), chat[1]]}
+    assert collate(processor, rows)["input_ids"][0].tolist() == ids
+
+
+def test_no_split_of_typed_tokens_makes_an_image(qwen):
+    dice = random.Random(0)
+    pieces = ["<", "<image>", "<ima", "ge>", "image", ">", " ", "", "a"]
+    for _ in range(300):
+        texts = ["".join(dice.choices(pieces, k=4)) for _ in range(6)]
+        roles = dice.choices(["system", "user", "assistant"], k=3)
+        parts = [user(*texts[i : i + 2])["content"] for i in (0, 2, 4)]
+        chat = [{"role": role, "content": content} for role, content in zip(roles, parts, strict=True)]
+        assert qwen.image_token_id not in row_ids(qwen, *chat), chat
+
+
+def test_typed_image_token_does_not_shift_images_between_rows(qwen):
+    red, blue = picture(color=(255, 0, 0)), picture(color=(0, 0, 255))
+    rows = [example("A typed <image>", "x", red), example("Another", "x", blue)]
+    batch = collate(qwen, *rows)
+    assert (batch["input_ids"] == qwen.image_token_id).sum(1).tolist() == [qwen.num_image_tokens] * 2
+    assert batch["pixel_values"][0, 0].mean() > 0 > batch["pixel_values"][1, 0].mean()
+
+
+def test_typed_image_token_where_only_the_tokenizer_renders(qwen):
+    assert "<image >" in qwen.tokenizer.apply_chat_template([user("a <image>")], tokenize=False)
+
+
+# ---- images
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def expected_pixels(image, mean, std):
+    pixels = np.asarray(image, dtype=np.float64) / 255
+    return torch.tensor((pixels - mean) / std).permute(2, 0, 1).float()
+
+
+def test_preprocessing_is_the_references(qwen):
+    """RGB, squashed to the tower's square with bicubic, ImageNet's mean and deviation."""
+    image = noise(30, 50)
+    squashed = image.resize((16, 16), Image.Resampling.BICUBIC)
+    expected = expected_pixels(squashed, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    pixels = qwen(text="<image>", images=image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels[0], expected, atol=1e-5, rtol=0)
+
+
+def test_clip_preprocessing_is_stored(folders, tmp_path):
+    processor = LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / "qwen", preprocessing="clip")
+    processor.save_pretrained(tmp_path)
+    image = noise(32, 16)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    expected = expected_pixels(image.crop((8, 0, 24, 16)), mean, std)
+    for candidate in (processor, LavinProcessor.from_pretrained(tmp_path)):
+        pixels = candidate(text="<image>", images=image, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(pixels[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("size", [(9, 7), (1, 1), (40, 3), (3, 40)])
+def test_every_kind_of_image(qwen, mode, size):
+    pixels = qwen(text="<image>", images=[Image.new(mode, size)], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16) and pixels.isfinite().all()
+
+
+def test_vision_checkpoints(folders, tmp_path):
+    CLIPConfig(vision_config={"num_hidden_layers": 12, "image_size": 32}).save_pretrained(tmp_path / "clip")
+    SiglipVisionConfig(num_hidden_layers=8, image_size=48).save_pretrained(tmp_path / "siglip")
+    for name, size, tokens in [("clip", 32, 3), ("siglip", 48, 2)]:
+        processor = LavinProcessor.from_vision_text_pretrained(tmp_path / name, folders / "qwen")
+        batch = processor(text="<image>", images=picture(), return_tensors="pt")
+        assert batch["pixel_values"].shape[-2:] == (size, size) and batch["input_ids"].shape == (1, tokens)
+    given = LavinProcessor.from_vision_text_pretrained(tmp_path / "clip", folders / "qwen", num_image_tokens=5)
+    assert given.num_image_tokens == 5
+
+
+def test_pil_where_torchvision_would_be_taken(qwen):
+    """On a machine with torchvision the Auto classes load that backend, which resizes otherwise."""
+    other = type("CLIPImageProcessor", (CLIPImageProcessorPil,), {})(size={"height": 16, "width": 16})
+    assert type(LavinProcessor(other, qwen.tokenizer).image_processor) is CLIPImageProcessorPil
+    assert LavinProcessor(other, qwen.tokenizer).image_processor.size == {"height": 16, "width": 16}
+
+
+def test_rows_with_and_without_images(qwen):
+    texts = ["<image><image> a", "b", "<image> c"]
+    image = picture()
+    for images in ([[image, image], [], [image]], [[image, image], None, image], [image] * 3):
+        if images == [image] * 3:
+            texts = ["<image> a", "<image> b", "<image> c"]
+        batch = qwen(text=texts, images=images, padding=True, return_tensors="pt")
+        assert len(batch["pixel_values"]) == 3
+    assert "pixel_values" not in qwen(text=["a", "b"], images=[[], []])
+    assert len(qwen(text=["<image> a", "b"], images=[image])["pixel_values"]) == 1
+
+
+def test_left_padding_by_default(qwen, folders, tmp_path):
+    def padding(processor, **kwargs):
+        return processor(text=["a b c d", "a"], padding=True, return_tensors="pt", **kwargs)["attention_mask"][1]
+
+    qwen.save_pretrained(tmp_path)
+    right = tiny_tokenizer("qwen")
+    right.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    for processor in (qwen, LavinProcessor.from_pretrained(tmp_path), LavinProcessor(qwen.image_processor, right)):
+        assert padding(processor)[0] == 0 and padding(processor)[-1] == 1
+        assert padding(processor, padding_side="right")[0] == 1
+
+
+def test_pad_token_is_no_label(folders):
+    expected = {"qwen": "<|endoftext|>", "llama3": "<|reserved_special_token_0|>", "sentencepiece": "<unk>"}
+    for family, pad in expected.items():
+        tokenizer = LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / family).tokenizer
+        assert tokenizer.pad_token == pad and tokenizer.pad_token_id < len(tokenizer) - 1
+    gpt2 = LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / "gpt2")
+    assert gpt2.tokenizer.pad_token == gpt2.tokenizer.eos_token  # it has no other
+    rows = [example(PROMPT, ANSWER), example(PROMPT, ANSWER * 3)]
+    labels = collate(gpt2, *rows, completion_only_loss=True)["labels"]
+    assert (labels == gpt2.tokenizer.eos_token_id).sum(1).tolist() == [1, 1]
+
+
+# ---- saving
+
+
+def test_saved_folders_load_without_lavin(folders, tmp_path):
+    """Save, load where `lavin` cannot be imported, save from there, load again, for every family in one process."""
+    texts = {}
+    for family in FAMILIES:
+        processor = LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / family)
+        processor.save_pretrained(tmp_path / "first" / family)
+        texts[family] = [render(processor, user(None, "Why?"), add_generation_prompt=True), "CLIPImageProcessorPil"]
+    config = json.loads((tmp_path / "first" / "qwen" / "processor_config.json").read_text())
+    assert config["auto_map"] == {"AutoProcessor": "processing_lavin.LavinProcessor"}
+    assert config["num_image_tokens"] == 2 and config["image_token"] == "<image>"
+    code = """
+import json
+from transformers import AutoProcessor
+chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
+for source, target in [("first", "second"), ("second", "third")]:
+    texts = {}
+    for family in sys.argv[1:]:
+        processor = AutoProcessor.from_pretrained(f"{source}/{family}", trust_remote_code=True)
+        assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        texts[family] = [text, type(processor.image_processor).__name__]
+        processor.save_pretrained(f"{target}/{family}")
+    print(json.dumps(texts))
+"""
+    assert run_fresh(code, *FAMILIES, cwd=tmp_path).splitlines() == [json.dumps(texts)] * 2
+    for family in FAMILIES:
+        first, third = tmp_path / "first" / family, tmp_path / "third" / family
+        for file in [*first.iterdir(), *third.iterdir()]:
+            assert str(folders) not in file.read_text() and str(tmp_path) not in file.read_text()
+        for name in ("processing_lavin.py", "configuration_lavin.py", "tokenizer.json", "chat_template.jinja"):
+            assert (first / name).read_bytes() == (third / name).read_bytes()
+        chat = [user(picture(), PROMPT), assistant(ANSWER)]
+        processor, loaded = LavinProcessor.from_pretrained(first), LavinProcessor.from_pretrained(third)
+        assert row_ids(loaded, *chat) == row_ids(processor, *chat)
+
+
+def test_no_call_of_its_own():
+    assert "__call__" not in vars(LavinProcessor) and "replace_image_token" in vars(LavinProcessor)
+
+
+# ---- clear errors
+
+
+@pytest.mark.parametrize(
+    "text, images, message",
+    [
+        (["<image> a", "<image><image> b"], [2, 1], "Row 0 has 1 image slots.*2 images.*one list of images per row"),
+        (["<image> a", "b"], [1, 1], "Row 1 has 0 image slots"),
+        (["<image><image> a", "b"], "flat2", "Row 0 has 2 image slots .* but 1 images"),
+        (["<image> a", "<image> b", "c"], "flat1", "3 texts with .1, 1, 0. image slots"),
+        (["<image> a"], [1, 1], "1 texts with .1. image slots, but images for .1, 1."),
+        ("<image> a", None, "Row 0 has 1 image slots .* but 0 images"),
+        ("a", [1], "Row 0 has 0 image slots .* but 1 images"),
+    ],
+)
+def test_numbers_of_images_and_slots_per_row(qwen, text, images, message):
+    if isinstance(images, str):
+        images = [picture()] * int(images[-1])
+    elif images is not None:
+        images = [[picture()] * count for count in images]
+    with pytest.raises(ValueError, match=message):
+        qwen(text=text, images=images)
+
+
+def test_chat_with_a_place_but_no_image(qwen):
+    with pytest.raises(ValueError, match="Row 0 has 1 image slots .* but 0 images"):
+        row_ids(qwen, user(None, "Why?"))
+
+
+def test_undecodable_image(qwen, tmp_path):
+    broken, cut = tmp_path / "broken.png", tmp_path / "cut.png"
+    broken.write_bytes(b"no image")
+    noise(64, 64).save(cut)
+    cut.write_bytes(cut.read_bytes()[:2000])
+    for image, cause in [(str(broken), "broken.png"), ("missing.png", "missing.png"), (str(cut), "cut.png"), (7, "")]:
+        with pytest.raises(ValueError, match=f"Cannot read image 1 of row 1.*{cause}.*Pass a PIL image"):
+            qwen(text=["a", "<image><image>"], images=[[], [picture(), image]])
+    with pytest.raises(ValueError, match="Cannot read image 0"):  # PIL reads the file only now
+        collate(qwen, example("Why?", "No.", Image.open(cut)))
+    with pytest.raises(ValueError, match="Cannot read image 0 of row 0.*broken.png"):
+        row_ids(qwen, {"role": "user", "content": [{"type": "image", "path": str(broken)}]})
+
+
+def test_truncated_image_tokens(qwen):
+    rows = {"images": [picture()] * 3, "messages": [user(None, "Is", None, None, "it?"), assistant("No.")]}
+    assert collate(qwen, dict(rows), max_length=100)["input_ids"].shape[1] < 100
+    for kwargs in ({}, {"assistant_only_loss": True}):
+        with pytest.raises(ValueError, match="^Image features and image tokens do not match.*in row 0.*max_length"):
+            collate(qwen, dict(rows), max_length=6, **kwargs)
+
+
+def test_missing_template(qwen, tmp_path):
+    qwen.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    with pytest.raises(ValueError, match="no chat template.*chat_template.jinja.*DEFAULT_CHAT_TEMPLATE"):
+        render(processor, user("Why?"))
+    with pytest.raises(ValueError, match="no chat template"):
+        collate(processor, example("Why?", "No."))
+    assert render(processor, user("Why?"), chat_template=DEFAULT_CHAT_TEMPLATE) == " Image: N/A Why?"
+
+
+def test_other_bad_input(qwen, folders, tmp_path):
+    build = LavinProcessor.from_vision_text_pretrained
+    with pytest.raises(ValueError, match='must be "lavin" or "clip", got "?.?siglip'):
+        build(folders / "vision", folders / "qwen", preprocessing="siglip")
+    with pytest.raises(ValueError, match="`num_image_tokens` must be at least 1, got 0"):
+        build(folders / "vision", folders / "qwen", num_image_tokens=0)
+    with pytest.raises(ValueError, match="holds '<image>' as an added token.*from_vision_text_pretrained"):
+        LavinProcessor(qwen.image_processor, tiny_tokenizer("qwen"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="no vision tower.*llama.*image_size"):
+        build(tmp_path, folders / "qwen")
+    endless = tiny_tokenizer("qwen")
+    endless.eos_token = None
+    endless.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="has no EOS token"):
+        build(folders / "vision", tmp_path / "endless")
