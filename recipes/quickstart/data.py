@@ -177,7 +177,9 @@ def write_parquet(rows: Iterable[dict], path: str | Path) -> int:
     return len(rows)
 
 
-def write_dataset(folder: str | Path, sizes: dict[str, tuple[int, int, int, int]] | None = None, seed: int = 0) -> Path:
+def write_dataset(
+    folder: str | Path, sizes: dict[str, tuple[int, int, int, int]] | None = None, seed: int = 0
+) -> Path:
     """
     Writes the quickstart's data set in ScienceQA's format. The same seed gives the same files.
 

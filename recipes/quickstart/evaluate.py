@@ -58,7 +58,12 @@ def answer(
     for start in range(0, len(prompts), batch_size):
         batch = list(zip(prompts[start : start + batch_size], images[start : start + batch_size], strict=True))
         chats = [
-            [{"role": "user", "content": [{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}]}]
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}],
+                }
+            ]
             for prompt, image in batch
         ]
         rendered = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
@@ -113,7 +118,9 @@ def evaluate(model, processor, questions: list[dict], batch_size: int = 64) -> d
     model.eval()
 
     def ask(some: list[dict], images: list) -> list[int | None]:
-        return [parse_letter(text) for text in answer(model, processor, [q["prompt"] for q in some], images, batch_size)]
+        return [
+            parse_letter(text) for text in answer(model, processor, [q["prompt"] for q in some], images, batch_size)
+        ]
 
     problems = [question["problem"] for question in questions]
     letters = ask(questions, [question["image"] for question in questions])

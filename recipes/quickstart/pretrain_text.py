@@ -86,7 +86,11 @@ def train_tokenizer(vocab_size: int = 640, rows: int = 20000, seed: int = 0) -> 
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     alphabet = [chr(code) for code in range(33, 127)]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix=end, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        end_of_word_suffix=end,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -200,7 +204,9 @@ class Rows:
                 "letter": torch.tensor([row[2] for row in rows]), "kinds": kinds}  # fmt: skip
 
 
-def embed(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], noise: float, generator: torch.Generator) -> torch.Tensor:
+def embed(
+    model: LlamaForCausalLM, batch: dict[str, torch.Tensor], noise: float, generator: torch.Generator
+) -> torch.Tensor:
     """
     Embeds a batch; an image slot holds its word's embedding, mixed with the row's other words, rescaled and blurred,
     as the output of an imperfect projector would be.
@@ -299,4 +305,7 @@ def score_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, nois
         logits = model(inputs_embeds=embed(model, batch, noise, generator), use_cache=False).logits
         seen.append(letters_right(logits, batch))
     right, image = (torch.cat([part[i] for part in seen]) for i in (0, 1))
-    return {"text": round(right[~image].float().mean().item(), 4), "slots": round(right[image].float().mean().item(), 4)}
+    return {
+        "text": round(right[~image].float().mean().item(), 4),
+        "slots": round(right[image].float().mean().item(), 4),
+    }

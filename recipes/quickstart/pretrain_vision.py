@@ -48,7 +48,9 @@ def sample_drawings(number: int, seed: int) -> tuple[torch.Tensor, dict[str, tor
     rng = random.Random(f"pretraining drawings {seed}")
     drawings = [Drawing.sample(rng) for _ in range(number)]
     pixels = to_tensor([draw(drawing, rng) for drawing in drawings])
-    labels = {name: [WORDS[name].index(getattr(d, name if name != "thing" else "kind")) for d in drawings] for name in WORDS}
+    labels = {
+        name: [WORDS[name].index(getattr(d, name if name != "thing" else "kind")) for d in drawings] for name in WORDS
+    }
     return pixels, {name: torch.tensor(values) for name, values in labels.items()}
 
 
@@ -73,7 +75,9 @@ def augment_scans(pixels: torch.Tensor, generator: torch.Generator) -> torch.Ten
     theta = torch.stack(
         [
             torch.stack([zoom * angle.cos(), -angle.sin() + shear, rand(-0.14, 0.14) * keep], -1),
-            torch.stack([angle.sin(), zoom * (1 + rand(-0.1, 0.1) * keep) * angle.cos(), rand(-0.14, 0.14) * keep], -1),
+            torch.stack(
+                [angle.sin(), zoom * (1 + rand(-0.1, 0.1) * keep) * angle.cos(), rand(-0.14, 0.14) * keep], -1
+            ),
         ],
         1,
     )
@@ -116,7 +120,9 @@ def train_tower(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     tower = CLIPVisionModel(vision_config())
-    heads = nn.ModuleDict({str(tap): nn.Linear(tower.config.hidden_size, len(WORDS[name])) for tap, name in TAPS.items()})
+    heads = nn.ModuleDict(
+        {str(tap): nn.Linear(tower.config.hidden_size, len(WORDS[name])) for tap, name in TAPS.items()}
+    )
     decay = [p for p in [*tower.parameters(), *heads.parameters()] if p.ndim > 1]
     plain = [p for p in [*tower.parameters(), *heads.parameters()] if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
