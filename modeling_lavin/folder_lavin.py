@@ -22,7 +22,7 @@ from transformers.utils import cached_file, logging
 
 from .card_lavin import write_card
 from .configuration_lavin import LavinConfig
-from .towers_lavin import named_base, read_towers
+from .towers_lavin import named_base, read_towers, tower_config
 from .tuner_lavin import MMAConfig, lift_to_float32
 
 
@@ -142,14 +142,14 @@ class LavinFolderMixin:
         overrides = {key: kwargs.pop(key) for key in names if key in kwargs}
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         mma = kwargs.pop("mma", None)
-        config = config_of_pair(vision, text, vision_revision, text_revision, hub=hub, **overrides)
+        config, generation_config = config_of_pair(vision, text, vision_revision, text_revision, hub=hub, **overrides)
         state_dict = read_towers(config, f"the pair {vision} and {text}", hub)
         model, info = super().from_pretrained(
             None, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
         )
         _check_complete(info, f"the pair {vision} and {text}")
         if model.can_generate():
-            model.generation_config = generation_config_of(config, hub)
+            model.generation_config = generation_config
         model._is_full_folder = False
         model.config._name_or_path = model.name_or_path = ""  # no folder yet
         model.requires_grad_(False)
@@ -367,38 +367,43 @@ def _can_be_light(model) -> bool:
     return not trained and bool(config.base_checkpoint or (config.text_checkpoint and config.vision_checkpoint))
 
 
-def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=None, **overrides) -> LavinConfig:
-    """The configuration of a LaVIN made of two checkpoints, which it names with their commits."""
+def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=None, **overrides):
+    """
+    The configuration of a LaVIN made of two checkpoints, which it names with their commits, and the generation
+    configuration that belongs to it.
+
+    Returns:
+        `tuple(LavinConfig, GenerationConfig)`
+    """
     from .processing_lavin import LavinProcessor
-    from .towers_lavin import tower_config
 
     hub = {key: value for key, value in (hub or {}).items() if key != "revision"}
     vision_config, vision_checkpoint = tower_config(vision, vision_revision, hub)
     text_config, text_checkpoint = tower_config(text, text_revision, hub)
-    if "image_token_id" not in overrides:
-        try:
-            processor = LavinProcessor.from_vision_text_pretrained(
-                vision, text, vision_revision=vision_revision, text_revision=text_revision, **hub
-            )
-            overrides["image_token_id"] = processor.image_token_id
-        except (OSError, ValueError):  # no tokenizer there: the first id after the vocabulary
-            logger.info(f"{text} has no tokenizer: `image_token_id` is its vocabulary size.")
-    return LavinConfig(
+    tokenizer = None
+    try:
+        processor = LavinProcessor.from_vision_text_pretrained(
+            vision, text, vision_revision=vision_revision, text_revision=text_revision, **hub
+        )
+        tokenizer = processor.tokenizer
+        overrides.setdefault("image_token_id", processor.image_token_id)
+    except (OSError, ValueError) as error:  # no tokenizer there: the first id after the vocabulary
+        logger.info(f"{text} has no usable tokenizer ({error}): `image_token_id` is its vocabulary size.")
+    config = LavinConfig(
         vision_config=vision_config,
         text_config=text_config,
         vision_checkpoint=vision_checkpoint,
         text_checkpoint=text_checkpoint,
         **overrides,
     )
-
-
-def generation_config_of(config: LavinConfig, hub=None) -> GenerationConfig:
-    """The language model's own generation settings."""
-    source = config.text_checkpoint
     try:
-        return GenerationConfig.from_pretrained(source["name"], revision=source["revision"] or "main", **(hub or {}))
+        generation = GenerationConfig.from_pretrained(text, revision=text_revision or "main", **hub)
     except OSError:
-        return GenerationConfig.from_model_config(config.text_config)
+        generation = GenerationConfig.from_model_config(text_config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(generation, name) is None:
+            setattr(generation, name, getattr(tokenizer, name, None))
+    return config, generation
 
 
 def check_output_folder(folder):
