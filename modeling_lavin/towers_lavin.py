@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
-from .configuration_lavin import LavinConfig, vision_part
+from .configuration_lavin import LavinConfig
 
 
 WEIGHT_FILES = (
@@ -93,8 +93,8 @@ def _weight_files(name, hub: dict) -> list[str]:
 
 def _vision_keys(tensors: dict, config: LavinConfig) -> dict:
     """A tower's own checkpoint, an older one with `vision_model.`, or the vision half of a whole CLIP or SigLIP."""
-    with torch.device("meta"):
-        expected = set(AutoModel.from_config(vision_part(config.vision_config)).state_dict())
+    with torch.device("meta"):  # the class itself: `from_config` would initialise it under ZeRO-3
+        expected = set(AutoModel._model_mapping[type(config.vision_config)](config.vision_config).state_dict())
     renamed = {}
     for key, tensor in tensors.items():
         for name in (key, key.removeprefix("vision_model."), f"vision_model.{key}"):
