@@ -121,8 +121,8 @@ class LavinFolderMixin:
             return super().from_pretrained(base["name"], *model_args, config=config, **arguments)
         except OSError as error:
             raise OSError(
-                f"The base of {name}, the full LaVIN folder {base['name']}, cannot be reached: {error} Put it there, or "
-                f"name another with `from_pretrained(..., base_checkpoint={{'name': ..., 'revision': None}})`."
+                f"The base of {name}, the full LaVIN folder {base['name']}, cannot be reached: {error} Put it there, "
+                "or name another with `from_pretrained(..., base_checkpoint={'name': ..., 'revision': None})`."
             ) from error
 
     @classmethod
@@ -192,8 +192,12 @@ class LavinFolderMixin:
         if full:
             self._save_base(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         elif is_main_process:
-            self.config.architectures = ["LavinForConditionalGeneration"]
             self.generation_config.save_pretrained(save_directory)
+            if local := local_checkpoints(config):
+                logger.warning_once(
+                    f"This folder's base is on this machine ({', '.join(local)}): it loads here, but pushed as it is "
+                    "nobody else could load it."
+                )
         if not is_main_process:
             return
         self._write_config(save_directory, full)
@@ -429,20 +433,22 @@ def check_pushable(folder):
     """
     if any(Path(folder, file).exists() for file in BASE_WEIGHTS):
         return
-    config = json.loads(Path(folder, "config.json").read_text())
-    local = [
-        source["name"]
-        for source in (config.get(f"{kind}_checkpoint") for kind in ("base", "text", "vision"))
-        if source and (os.path.isabs(source["name"]) or os.path.isdir(source["name"]))
-    ]
-    if config.get("base_checkpoint"):
-        local = [name for name in local if name == config["base_checkpoint"]["name"]]
+    local = local_checkpoints(LavinConfig.from_pretrained(folder))
     if local:
         raise ValueError(
-            f"This folder names checkpoints on this machine ({', '.join(local)}), which nobody else can load. Name Hub "
-            "checkpoints (`lavin init --vision NAME --text NAME`, or set `config.text_checkpoint` and "
-            "`config.vision_checkpoint` to `{'name': ..., 'revision': ...}`), or write the base weights too with `full=True`."
+            f"This folder names checkpoints on this machine ({', '.join(local)}), which nobody else can load. Name "
+            "Hub checkpoints (`lavin init --vision NAME --text NAME`, or set `config.text_checkpoint` and "
+            "`config.vision_checkpoint` to `{'name': ..., 'revision': ...}`), or write the base weights too with "
+            "`full=True`."
         )
+
+
+def local_checkpoints(config: LavinConfig) -> list[str]:
+    """The checkpoints a light folder would load from this machine's disk."""
+    pair = [config.text_checkpoint, config.vision_checkpoint]
+    sources = [config.base_checkpoint] if config.base_checkpoint else pair
+    names = [source if isinstance(source, str) else source["name"] for source in sources if source]
+    return [name for name in names if os.path.isabs(name) or os.path.isdir(name)]
 
 
 def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: str):

@@ -47,20 +47,28 @@ def fold_modality(model, modality: str):
     for layer in layers:  # before anything is copied
         _readers(decoder.get_submodule(_path(layer)), layer.key)
 
-    weights = {
-        name.replace(".base_layer", ""): tensor
-        for name, tensor in model.model.language_model.state_dict().items()
-        if ".adapter_" not in name
-    }
+    adapter_name = layers[0].active_name
+    weights = _plain_weights(model.model.language_model, adapter_name)
     new = {name: torch.zeros_like(tensor) for name, tensor in decoder.state_dict().items() if name not in weights}
     decoder.load_state_dict({**weights, **new})
-    plain.lm_head.load_state_dict(model.lm_head.state_dict())
+    plain.lm_head.load_state_dict(_plain_weights(model.lm_head, adapter_name))
     for row, layer in zip(table[:, MODALITIES[modality]], layers, strict=True):
         _fold_layer(decoder.get_submodule(_path(layer)), layer, row)
     plain.tie_weights()
     if model.generation_config is not None:
         plain.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
     return plain.eval()
+
+
+def _plain_weights(module: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """A module's weights under their own names, those of `modules_to_save` as the adapter trained them."""
+    weights, trained = {}, {}
+    for name, tensor in module.state_dict().items():
+        if f"modules_to_save.{adapter_name}." in name:
+            trained[name.replace(f"modules_to_save.{adapter_name}.", "")] = tensor
+        elif ".adapter_" not in name and "modules_to_save." not in name:
+            weights[name.replace(".base_layer", "").replace("original_module.", "")] = tensor
+    return {**weights, **trained}
 
 
 def _path(layer) -> str:
@@ -80,8 +88,8 @@ def _readers(module: nn.Module, key: str) -> list[nn.Module]:
     maps = [getattr(module, name) for name in names]
     if any(map.bias is None for map in maps):
         raise ValueError(
-            f"{type(module).__name__} cannot take a bias on {', '.join(names)}, which a folded adapter needs: keep the "
-            "adapter attached for this architecture."
+            f"{type(module).__name__} cannot take a bias on {', '.join(names)}, which a folded adapter needs: keep "
+            "the adapter attached for this architecture."
         )
     return maps
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging
 
@@ -18,7 +17,8 @@ from .cache_lavin import cached_modality, carry_modality
 from .configuration_lavin import LavinConfig
 from .folder_lavin import LavinFolderMixin
 from .folding_lavin import fold_modality
-from .tuner_lavin import KeptRouting, MMARouting
+from .generation_lavin import LavinGenerationMixin, flat_features
+from .tuner_lavin import KeptRouting, MMARouting, find_blocks
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +35,6 @@ NO_DATA_PARALLEL = (
     "LaVIN does not run under `torch.nn.DataParallel`, which shares one routing table between threads. Start one "
     "process per GPU (`accelerate launch`, `torchrun`), or show one GPU only (`CUDA_VISIBLE_DEVICES=0`)."
 )
-IMAGE_ARGUMENTS = ("pixel_values", "mm_encoder_outputs", "modality_ids")
 
 
 @dataclass
@@ -75,14 +74,18 @@ class LavinCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
+class LavinProjectorLinear(nn.Linear):
+    """A linear map of the projector: its class tells `_init_weights` that it starts Xavier-uniform."""
+
+
 class LavinMultiModalProjector(nn.Module):
     """Linear, SiLU, Linear: from the vision tower's width to the language model's (paper, eq. 1)."""
 
     def __init__(self, config: LavinConfig):
         super().__init__()
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.projector_hidden_size)
+        self.linear_1 = LavinProjectorLinear(config.vision_config.hidden_size, config.projector_hidden_size)
         self.act = nn.SiLU()
-        self.linear_2 = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size)
+        self.linear_2 = LavinProjectorLinear(config.projector_hidden_size, config.text_config.hidden_size)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(image_features.to(self.linear_1.weight.dtype))))
@@ -90,6 +93,17 @@ class LavinMultiModalProjector(nn.Module):
 
 class LavinModalityEmbedding(nn.Embedding):
     """The modality token: row 0 for text-only input, row 1 for text with images (paper, section 3.2)."""
+
+
+class LavinTaps:
+    """A forward hook of the tapped blocks, that notes what leaves them while `states` is a list."""
+
+    def __init__(self):
+        self.states = None
+
+    def __call__(self, module, args, output):
+        if self.states is not None:  # not in a recomputation by gradient checkpointing
+            self.states.append(output[0] if isinstance(output, tuple) else output)
 
 
 class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
@@ -102,6 +116,8 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
     _no_split_modules = ["LavinMultiModalProjector", "LavinModalityEmbedding"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["multi_modal_projector", "modality_embedding"]
+    # Quantisation leaves these alone; it compares whole names.
+    _keep_in_fp32_modules = ["multi_modal_projector", "model.multi_modal_projector"]
     _keys_to_ignore_on_load_missing = [r"multi_modal_projector\..*", r"modality_embedding\..*"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -111,16 +127,16 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Xavier-uniform projector, N(0, 1) modality embedding: drawn apart from torch's RNG, so that all ranks agree."""
-        if isinstance(module, LavinMultiModalProjector):
-            generator = torch.Generator().manual_seed(0)
-            for linear in (module.linear_1, module.linear_2):
-                bound = math.sqrt(6 / (linear.in_features + linear.out_features))
-                shape = (linear.out_features, linear.in_features)
-                init.copy_(linear.weight, torch.empty(shape).uniform_(-bound, bound, generator=generator))
-                init.zeros_(linear.bias)
+        """Xavier-uniform projector, N(0, 1) modality embedding; apart from torch's generator, so that all ranks agree."""
+        # By leaves: for code outside transformers, a module without weights of its own never gets here.
+        if isinstance(module, LavinProjectorLinear):
+            bound = math.sqrt(6 / (module.in_features + module.out_features))
+            generator = torch.Generator().manual_seed(module.out_features)
+            shape = (module.out_features, module.in_features)
+            init.copy_(module.weight, torch.empty(shape).uniform_(-bound, bound, generator=generator))
+            init.zeros_(module.bias)
         elif isinstance(module, LavinModalityEmbedding):
-            generator = torch.Generator().manual_seed(1)
+            generator = torch.Generator().manual_seed(0)
             shape = (module.num_embeddings, module.embedding_dim)
             init.copy_(module.weight, torch.empty(shape).normal_(generator=generator))
         else:
@@ -172,6 +188,10 @@ class LavinModel(LavinPreTrainedModel):
         self.has_class_token = any(
             "class_embedding" in name or "cls_token" in name for name, _ in self.vision_tower.named_parameters()
         )
+        self.taps = LavinTaps()
+        _, blocks = find_blocks(self.vision_tower)
+        for layer in config.vision_feature_layers:
+            blocks[layer - 1].register_forward_hook(self.taps)
         self.routing = MMARouting()
         self.post_init()
 
@@ -209,13 +229,18 @@ class LavinModel(LavinPreTrainedModel):
             `(num_images, num_image_tokens, hidden_size)`; `hidden_states` the tapped states before the projector.
         """
         dtype = next(p.dtype for p in self.vision_tower.parameters() if p.dtype.is_floating_point)
-        states = self.vision_tower(pixel_values.to(dtype), output_hidden_states=True, return_dict=True)
-        taps = [states.hidden_states[layer] for layer in self.config.vision_feature_layers]
-        taps = torch.stack([tap[:, 0] if self.has_class_token else tap.mean(dim=1) for tap in taps], dim=1)
+        self.taps.states = []
+        try:
+            outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True)
+            # Under `device_map` the blocks may be on several devices.
+            states = [state.to(outputs.last_hidden_state.device) for state in self.taps.states]
+        finally:
+            self.taps.states = None
+        states = torch.stack([state[:, 0] if self.has_class_token else state.mean(dim=1) for state in states], dim=1)
         return BaseModelOutputWithPooling(
-            last_hidden_state=states.last_hidden_state,
-            pooler_output=self.multi_modal_projector(taps),
-            hidden_states=(taps,),
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.multi_modal_projector(states),
+            hidden_states=(states,),
         )
 
     def routing_table(self) -> torch.Tensor:
@@ -241,7 +266,7 @@ class LavinModel(LavinPreTrainedModel):
     def _refresh_kept(self):
         """Where gradients are off, the routing is kept until a weight or the choice of adapter changes."""
         routing = self.routing
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not routing.layers:
             routing.kept = None
         elif not routing.pinned and not torch.compiler.is_compiling():
             embedding = self.modality_embedding
@@ -318,6 +343,7 @@ class LavinModel(LavinPreTrainedModel):
         if images is None and pixel_values is not None and pixel_values.shape[0] > 0:
             images = self.get_image_features(pixel_values, return_dict=True)
         features = None if images is None else flat_features(images)
+        unused = self._unused_features() if images is None else None
         has_image = None
         if inputs_embeds is None:
             is_image = input_ids == self.config.image_token_id
@@ -330,8 +356,8 @@ class LavinModel(LavinPreTrainedModel):
                 "With `inputs_embeds` the image tokens must already be in it: pass no images, but "
                 "`modality_ids=1` for the rows that hold one."
             )
-        if features is None:
-            inputs_embeds = self._touch_vision_tower(inputs_embeds)
+        if unused is not None:
+            inputs_embeds = inputs_embeds + (unused.sum() * 0).to(inputs_embeds)
 
         batch_size, device = inputs_embeds.shape[0], inputs_embeds.device
         modality_ids = self._row_modality(modality_ids, has_image, past_key_values, batch_size, device)
@@ -371,23 +397,19 @@ class LavinModel(LavinPreTrainedModel):
             return inputs_embeds
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds))
 
-    def _touch_vision_tower(self, inputs_embeds):
-        """In distributed training every rank must run the same modules (ZeRO hangs otherwise), image or not."""
+    def _unused_features(self) -> torch.Tensor | None:
+        """
+        In distributed training every rank must run the same modules in the same order (ZeRO hangs or crashes
+        otherwise): a rank without an image runs the vision tower on an empty one. None elsewhere.
+        """
         if not (self.training and torch.is_grad_enabled() and torch.distributed.is_available()):
-            return inputs_embeds
+            return None
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return inputs_embeds
+            return None
         vision = self.config.vision_config
-        image = inputs_embeds.new_zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
-        features = self.get_image_features(image, return_dict=True).pooler_output
-        return inputs_embeds + (features.sum() * 0).to(inputs_embeds)
-
-
-def flat_features(images: BaseModelOutputWithPooling) -> torch.Tensor:
-    """The image tokens of all images, `(tokens, hidden_size)`; `generate` hands them on as a list when it cuts them."""
-    features = images.pooler_output
-    features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
-    return features.reshape(-1, features.shape[-1])
+        shape = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+        image = torch.zeros(shape, device=next(self.vision_tower.parameters()).device)
+        return self.get_image_features(image, return_dict=True).pooler_output
 
 
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -401,7 +423,7 @@ def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
     return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
-class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
+class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
     """
     A [`LavinModel`] with the base language model's head. Text-only logits with no adapter attached are bit for bit
     the base's.
@@ -501,85 +523,11 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    @torch.no_grad()
-    def generate(self, *args, **kwargs):
-        """As [`GenerationMixin.generate`]. The routing table is made once, before the first step."""
-        model, routing = self.model, self.model.routing
-        pinned = routing.pinned
-        model._refresh_kept()
-        if routing.active_layers():
-            model._table()
-        routing.pinned = True
-        try:
-            return super().generate(*args, **kwargs)
-        finally:
-            routing.pinned = pinned
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """Fixes each row's modality from the whole prompt, before it is cut into chunks or down to its new part."""
-        cache, images = model_kwargs.get("past_key_values"), model_kwargs.get("mm_encoder_outputs")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if cache is not None:
-            carry_modality(cache)
-        if input_ids is not None and input_ids.numel() > 0:
-            is_image = input_ids == self.config.image_token_id
-            if past == 0 and model_kwargs.get("inputs_embeds") is None:
-                if model_kwargs.get("modality_ids") is None:
-                    model_kwargs = {**model_kwargs, "modality_ids": is_image.any(dim=-1).long()}
-            elif past and images and images.get("image") is not None and input_ids.shape[1] > past:
-                # A second turn on a kept cache: images of the cached part are in it already.
-                features = flat_features(images["image"])
-                if features.shape[0] == int(is_image.sum()):
-                    is_new = torch.arange(is_image.shape[1], device=is_image.device) >= past
-                    features = features[is_new.expand_as(is_image)[is_image]]
-                images = {"image": BaseModelOutputWithPooling(pooler_output=features)} if len(features) else None
-                model_kwargs = {**model_kwargs, "mm_encoder_outputs": images}
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
-        if self.config.image_token_id < self.config.text_config.vocab_size:
-            # A padded vocabulary holds the image token: it must not be generated.
-            device = kwargs.get("device") or self.device
-            processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
-        return processors
-
-    def _get_candidate_generator(
-        self,
-        generation_config,
-        input_ids,
-        inputs_tensor,
-        logits_processor,
-        model_kwargs,
-        assistant_model=None,
-        **kwargs,
-    ):
-        """Drafts hold no image token, and an assistant that knows no images drafts from the text alone."""
-        image_token_id = self.config.image_token_id
-        text_only = assistant_model is not None and not hasattr(assistant_model.config, "image_token_id")
-        if text_only:
-            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in IMAGE_ARGUMENTS}
-        generator = super()._get_candidate_generator(
-            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model, **kwargs
-        )
-        if text_only:
-            draft = generator.get_candidates
-
-            def get_candidates(input_ids, *args, **kwargs):
-                candidates, logits = draft(input_ids.masked_fill(input_ids == image_token_id, 0), *args, **kwargs)
-                return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
-
-            generator.get_candidates = get_candidates
-        elif generation_config.prompt_lookup_num_tokens is not None:
-            generator.vocab_size = max(generator.vocab_size, image_token_id + 1)
-            suppress = SuppressTokensLogitsProcessor([image_token_id], device=input_ids.device)
-            generator.logits_processor = LogitsProcessorList([*(generator.logits_processor or []), suppress])
-        return generator
-
     def merge_modality(self, modality: str) -> PreTrainedModel:
         """
-        Folds the language model's active adapter into a plain language model for one modality: with U = s (w0 B + w1 D),
-        `W' = W (I + U A)`, `b' = b + W (U a0 + s (w0 b0 + w1 d0))` for each map that reads an adapted input.
+        Folds the language model's active adapter into a plain language model for one modality: with
+        U = s (w0 B + w1 D), each map that reads an adapted input becomes `W' = W (I + U A)`,
+        `b' = b + W (U a0 + s (w0 b0 + w1 d0))`.
 
         Args:
             modality (`str`):
@@ -590,7 +538,7 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
             `attention_bias=True`.
 
         Raises:
-            `ValueError`: if the architecture's maps cannot take a bias, the base is quantised, or no adapter is active.
+            `ValueError`: if the architecture's maps take no bias, the base is quantised, or no adapter is active.
         """
         return fold_modality(self, modality)
 

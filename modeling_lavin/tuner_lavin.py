@@ -201,14 +201,17 @@ class MMAUp(nn.Module):
     def forward(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor, scale: float, kept: dict | None = None):
         """x + scale * sum of the experts' outputs on `a`, weighted by `weights`: one product for all experts."""
         if kept is None:
-            dense = (self.dense() * scale).to(x.dtype).flatten(0, 1)
+            dense = (self.dense() * scale).to(x.dtype)
         else:
             if x.dtype not in kept:
                 with torch.inference_mode(False), torch.no_grad():
-                    kept[x.dtype] = (self.dense() * scale).to(x.dtype).flatten(0, 1)
+                    kept[x.dtype] = (self.dense() * scale).to(x.dtype)
             dense = kept[x.dtype]
-        mixed = (weights.unsqueeze(-1) * F.pad(a, (0, 1), value=1.0).unsqueeze(-2)).flatten(-2)
-        return torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), dense).view_as(x)
+        a = F.pad(a, (0, 1), value=1.0)
+        if weights.shape[1] == 1:  # one choice for a whole row: its experts' maps are mixed first
+            return torch.baddbmm(x, a, (weights.squeeze(1) @ dense.flatten(1)).unflatten(1, dense.shape[1:]))
+        mixed = (weights.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
+        return torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), dense.flatten(0, 1)).view_as(x)
 
 
 class MMALayer(nn.Module, BaseTunerLayer):
@@ -264,7 +267,7 @@ class MMALayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, seed: int):
-        """A is Xavier-uniform, the router as torch's plain Linear, everything else zero: the adapter is the identity."""
+        """A is Xavier-uniform, the router as torch's Linear, everything else zero: it starts as the identity."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.key}".encode()))
 
         def draw(parameter, bound):
@@ -279,10 +282,8 @@ class MMALayer(nn.Module, BaseTunerLayer):
                 draw(parameter, 1 / math.sqrt(self.features))
 
     def set_adapter(self, adapter_names, inference_mode: bool = False):
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if len(names) > 1:
-            raise ValueError(f"MMA applies one adapter at a time, got {names}: set one of them.")
-        super().set_adapter(names, inference_mode=inference_mode)
+        check_one_adapter(adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def merge(self, *args, **kwargs):
         raise ValueError(NO_SINGLE_MERGE)
@@ -308,7 +309,7 @@ class MMALayer(nn.Module, BaseTunerLayer):
         """Weights of the experts, `(batch, length or 1, experts)`."""
         name, routing = self.active_name, self.routing
         if name not in self.adapter_router:
-            return x.new_ones(1, 1, 1)
+            return x.new_ones(x.shape[0], 1, 1)
         if self.is_text and routing.collected is None:
             if routing.weights is None:
                 raise RuntimeError("MMA routes by modality: call the LavinModel, not its language model.")
@@ -318,6 +319,11 @@ class MMALayer(nn.Module, BaseTunerLayer):
         if self.is_text:
             routing.collected[self.key] = weights[:, 0]
         return weights
+
+
+def check_one_adapter(adapter_names: str | list[str]):
+    if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+        raise ValueError(f"MMA applies one adapter at a time, got {list(adapter_names)}: set one of them.")
 
 
 NO_SINGLE_MERGE = (
@@ -411,10 +417,17 @@ class MMAModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config)
         setattr(parent, target_name, layer)
 
+    def _replace_module(self, parent, child_name, new_module, child):
+        setattr(parent, child_name, new_module)  # PEFT's own copies `weight`, which an attention does not have
+
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         lift_to_float32(model, adapter_name)
         find_lavin(model).routing.kept = None
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False):
+        check_one_adapter(adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str):
         was_active = adapter_name in self.active_adapters
@@ -428,6 +441,10 @@ class MMAModel(BaseTuner):
         if merge:
             raise ValueError(NO_SINGLE_MERGE)
         lavin = find_lavin(self.model)
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, ModulesToSaveWrapper):  # PEFT would leave the trained copy in the base
+                    setattr(parent, name, child.original_module)
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         lavin.routing.layers.clear()
         lavin.routing.kept = None

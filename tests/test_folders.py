@@ -1,4 +1,4 @@
-"""Folders and the Hub: every kind of folder, loaded as a user loads it, in a process where `lavin` is not installed."""
+"""Folders and the Hub: every kind of folder, loaded as a user loads it, where `lavin` is not installed too."""
 
 import json
 import os
@@ -378,6 +378,11 @@ def test_the_literal_line_from_a_hub_with_an_empty_cache(hub, pair, trained, exp
         assert not [f for f in files if f.startswith("model") and f.endswith("safetensors")], files
         assert "mma/adapter_model.safetensors" in files and "processing_lavin.py" in files
         card = open(hf_hub_download("org/lavin-7b", "README.md")).read()
+        import json
+        config = json.load(open(hf_hub_download("org/lavin-7b", "config.json")))
+        for kind in ("text", "vision"):
+            source = config[f"{kind}_checkpoint"]
+            assert source == {"name": f"org/{kind}", "revision": HfApi().model_info(f"org/{kind}").sha}, source
         assert "Trainable parameters" in card and "- org/text" in card
         """,
         HF_HOME=str(tmp_path / "cache4"), **hub,

@@ -15,7 +15,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
 from test_folders import PUSH, hub, pair, run  # noqa: F401 (fixtures)
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 from lavin import LavinForConditionalGeneration, LavinProcessor
 
@@ -44,7 +44,7 @@ def rows(tmp_path_factory):
         answer = " ".join(draw.choices(["red", "blue", "answer"], k=draw.randint(1, 12)))
         rows.append(
             {
-                "prompt": [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?\nResponse:"}]}],
+                "prompt": [{"role": "user", "content": [*content, {"type": "text", "text": "What?\nResponse:"}]}],
                 "completion": [{"role": "assistant", "content": [{"type": "text", "text": answer}]}],
                 "images": [Image.new("RGB", (32, 32), (i * 8, 0, 0))] if with_image else [],
             }
@@ -132,6 +132,16 @@ def test_training_without_mma_raises_and_names_it(light, rows, tmp_path):
         sft(light, tmp_path, rows, model_init_kwargs={})
 
 
+def test_full_folder_trains_to_a_light_repo_that_names_it(light, rows, tmp_path):
+    AutoModel.from_pretrained(light).save_pretrained(tmp_path / "full", full=True)
+    AutoProcessor.from_pretrained(light).save_pretrained(tmp_path / "full")
+    sft(tmp_path / "full", tmp_path / "run", rows, max_steps=1)
+    assert not list((tmp_path / "run").glob("model*.safetensors"))
+    model = AutoModel.from_pretrained(tmp_path / "run")
+    assert model.config.base_checkpoint["name"] == str(tmp_path / "full")
+    assert model.active_adapters() == ["mma"]
+
+
 DDP = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_processes": 2, "use_cpu": True}
 ZERO3 = {
     "compute_environment": "LOCAL_MACHINE",
@@ -202,7 +212,8 @@ def test_push_to_hub_of_trl_leaves_a_repo_that_loads(hub, pair, rows, tmp_path):
         model = AutoModel.from_pretrained("org/tuned", trust_remote_code=True)
         AutoProcessor.from_pretrained("org/tuned", trust_remote_code=True)
         assert model.active_adapters() == ["mma"]
-        assert not any(f.startswith("model") and f.endswith(".safetensors") for f in HfApi().list_repo_files("org/tuned"))
+        files = HfApi().list_repo_files("org/tuned")
+        assert "model.safetensors" not in files and "mma/adapter_model.safetensors" in files, files
         """,
         HF_HOME=str(tmp_path / "cache2"), **hub,
     )  # fmt: skip

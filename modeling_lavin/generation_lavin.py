@@ -1,0 +1,99 @@
+"""Generation: each row's modality is fixed by its whole prompt, and the image token is never generated or drafted."""
+
+import torch
+from transformers import GenerationMixin
+from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .cache_lavin import carry_modality
+
+
+IMAGE_ARGUMENTS = ("pixel_values", "mm_encoder_outputs", "modality_ids")
+
+
+def flat_features(images: BaseModelOutputWithPooling) -> torch.Tensor:
+    """The image tokens of all images, `(tokens, hidden_size)`; `generate` cuts them into a list or out of their shape."""
+    features = images.pooler_output
+    features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+    return features.reshape(-1, features.shape[-1])
+
+
+class LavinGenerationMixin(GenerationMixin):
+    """What a LaVIN adds to transformers' generation."""
+
+    @torch.no_grad()
+    def generate(self, *args, **kwargs):
+        """As [`GenerationMixin.generate`]. The routing table is made once, before the first step."""
+        model, routing = self.model, self.model.routing
+        pinned = routing.pinned
+        model._refresh_kept()
+        if routing.active_layers():
+            model._table()
+        routing.pinned = True
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            routing.pinned = pinned
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """Fixes each row's modality from the whole prompt, before it is cut into chunks or down to its new part."""
+        cache, images = model_kwargs.get("past_key_values"), model_kwargs.get("mm_encoder_outputs")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if cache is not None:
+            carry_modality(cache)
+        # An assistant is asked again and again, and told each time that it is not the first.
+        is_first_iteration = is_first_iteration or (past == 0 and bool(images))
+        if input_ids is not None and input_ids.numel() > 0:
+            is_image = input_ids == self.config.image_token_id
+            if past == 0 and model_kwargs.get("inputs_embeds") is None:
+                if model_kwargs.get("modality_ids") is None:
+                    model_kwargs = {**model_kwargs, "modality_ids": is_image.any(dim=-1).long()}
+            elif past and images and images.get("image") is not None and input_ids.shape[1] > past:
+                # A second turn on a kept cache: images of the cached part are in it already.
+                features = flat_features(images["image"])
+                if features.shape[0] == int(is_image.sum()):
+                    is_new = torch.arange(is_image.shape[1], device=is_image.device) >= past
+                    features = features[is_new.expand_as(is_image)[is_image]]
+                images = {"image": BaseModelOutputWithPooling(pooler_output=features)} if len(features) else None
+                model_kwargs = {**model_kwargs, "mm_encoder_outputs": images}
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        if self.config.image_token_id < self.config.text_config.vocab_size:
+            # A padded vocabulary holds the image token: it must not be generated.
+            device = kwargs.get("device") or self.device
+            processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
+        return processors
+
+    def _get_candidate_generator(
+        self,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        assistant_model=None,
+        **kwargs,
+    ):
+        """Drafts hold no image token, and an assistant that knows no images drafts from the text alone."""
+        image_token_id = self.config.image_token_id
+        text_only = assistant_model is not None and not hasattr(assistant_model.config, "image_token_id")
+        if text_only:
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key not in IMAGE_ARGUMENTS}
+        generator = super()._get_candidate_generator(
+            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model, **kwargs
+        )
+        if text_only:
+            draft = generator.get_candidates
+
+            def get_candidates(input_ids, *args, **kwargs):
+                candidates, logits = draft(input_ids.masked_fill(input_ids == image_token_id, 0), *args, **kwargs)
+                return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
+
+            generator.get_candidates = get_candidates
+        elif generation_config.prompt_lookup_num_tokens is not None:
+            generator.vocab_size = max(generator.vocab_size, image_token_id + 1)
+            suppress = SuppressTokensLogitsProcessor([image_token_id], device=input_ids.device)
+            generator.logits_processor = LogitsProcessorList([*(generator.logits_processor or []), suppress])
+        return generator
