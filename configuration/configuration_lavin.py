@@ -88,8 +88,7 @@ class LavinConfig(PreTrainedConfig):
         taps = self.vision_feature_layers
         if not taps or any(not 1 <= tap <= depth for tap in taps) or sorted(set(taps)) != taps:
             raise ValueError(
-                f"`vision_feature_layers` must be rising block numbers between 1 and {depth} (the vision tower's depth), "
-                f"got {taps}."
+                f"`vision_feature_layers` must be rising block numbers between 1 and {depth} (its depth), got {taps}."
             )
         if self.projector_hidden_size < 1:
             raise ValueError(f"`projector_hidden_size` must be at least 1, got {self.projector_hidden_size}.")

@@ -12,7 +12,7 @@ IMAGE_ARGUMENTS = ("pixel_values", "mm_encoder_outputs", "modality_ids")
 
 
 def flat_features(images: BaseModelOutputWithPooling) -> torch.Tensor:
-    """The image tokens of all images, `(tokens, hidden_size)`; `generate` cuts them into a list or out of their shape."""
+    """The image tokens of all images, `(tokens, hidden_size)`; `generate` may hand them on in a list."""
     features = images.pooler_output
     features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
     return features.reshape(-1, features.shape[-1])

@@ -127,7 +127,7 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Xavier-uniform projector, N(0, 1) modality embedding; apart from torch's generator, so that all ranks agree."""
+        """Xavier-uniform projector, N(0, 1) modality embedding: from own generators, so that all ranks agree."""
         # By leaves: for code outside transformers, a module without weights of its own never gets here.
         if isinstance(module, LavinProjectorLinear):
             bound = math.sqrt(6 / (module.in_features + module.out_features))

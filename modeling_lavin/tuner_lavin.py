@@ -1,7 +1,9 @@
 """The PEFT type `MMA`: Mixture-of-Modality Adapters (LaVIN, arXiv 2305.15023, sections 3.1 and 3.2)."""
 
 import math
+import os
 import re
+import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,6 +110,12 @@ class MMAConfig(PeftConfig):
         return values
 
     def save_pretrained(self, save_directory, **kwargs):
+        if not os.path.isfile(os.path.join(save_directory, os.pardir, "config.json")):
+            warnings.warn(
+                "This saves the adapter alone, for `PeftModel.from_pretrained(base, folder)`. For a repository that "
+                "`AutoModel.from_pretrained` loads, call `model.get_base_model().save_pretrained(folder)`.",
+                stacklevel=2,
+            )
         kwargs["auto_mapping_dict"] = None
         super().save_pretrained(save_directory, **kwargs)
 
@@ -200,13 +208,11 @@ class MMAUp(nn.Module):
 
     def forward(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor, scale: float, kept: dict | None = None):
         """x + scale * sum of the experts' outputs on `a`, weighted by `weights`: one product for all experts."""
-        if kept is None:
+        dense = None if kept is None else kept.get(x.dtype)
+        if dense is None:
             dense = (self.dense() * scale).to(x.dtype)
-        else:
-            if x.dtype not in kept:
-                with torch.inference_mode(False), torch.no_grad():
-                    kept[x.dtype] = (self.dense() * scale).to(x.dtype)
-            dense = kept[x.dtype]
+            if kept is not None:
+                kept[x.dtype] = dense
         a = F.pad(a, (0, 1), value=1.0)
         if weights.shape[1] == 1:  # one choice for a whole row: its experts' maps are mixed first
             return torch.baddbmm(x, a, (weights.squeeze(1) @ dense.flatten(1)).unflatten(1, dense.shape[1:]))

@@ -163,7 +163,8 @@ def one_process(light, rows, tmp_path_factory):
 @pytest.mark.parametrize("layout", ["ddp", "zero3-checkpointing"])
 def test_two_processes_train_like_one(light, rows, one_process, tmp_path, layout):
     """The last step has no image on any rank, the others on both or one; ranks must run the same modules."""
-    settings = {"gradient_checkpointing": True} if layout.startswith("zero3") else {}
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    settings = reentrant if layout.startswith("zero3") else {}
     losses, log = sft(
         light, tmp_path / "two", rows, DDP if layout == "ddp" else ZERO3, max_steps=4, save_steps=4, **settings
     )

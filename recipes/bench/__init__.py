@@ -1,0 +1,1 @@
+"""Benchmarks: LaVIN beside what a user would pick instead, interleaved in one run."""

@@ -1,0 +1,108 @@
+"""
+Time of a training step, forward and backward without the optimizer, of LaVIN with MMA beside
+
+- the frozen base: the same towers and projector without an adapter, the vision tower forward only, then forward and
+  backward of the plain language model down to its input embeddings: what no method that trains anything in front of
+  the language model can avoid;
+- PEFT LoRA, r=8 on q and v, of the same language model on the same inputs.
+
+These three run a bare loop with the models' own forward and loss: logits at every position, loss on the answer's
+tokens. `mma_labelled` is LaVIN in a loop of one's own that asks for logits only where there is a label
+(`logits_to_keep`), which gives the same loss and gradients.
+
+LaVIN's step has two things that the base's has not and that no adapter code can make cheaper: the backward of the
+vision tower, whose adapters are trained too, and the routing pass. `base_vision` is the base with the first of them.
+"""
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+
+from .models import Size, adapted_lavin, embed, frozen_lavin, language_model, make_batch
+from .timing import interleave, machine, summary
+
+
+NAME = "step_time"
+GOALS = [
+    ("mma", "base", 1.05),
+    ("mma", "lora", 0.95),
+    ("mma", "base_vision", None),
+    ("mma_labelled", "base", None),
+    ("mma_labelled", "lora", None),
+    ("lora", "base", None),
+]
+MAX_BATCHES = 8  # different batches, taken in turn
+
+
+def make_rivals(size: Size, seed: int = 0, lora_dropout: float = 0.0) -> dict:
+    """One function per rival; each runs one training step on the batch of a round."""
+    frozen = frozen_lavin(size, seed)
+    base = language_model(frozen).train()
+    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], lora_dropout=lora_dropout, task_type="CAUSAL_LM")
+    lora = get_peft_model(language_model(frozen), lora).train()
+    mma = adapted_lavin(size, frozen).train()
+    batches = [make_batch(size, frozen.config, seed=1000 * seed + number) for number in range(MAX_BATCHES)]
+
+    def step(model, **inputs):
+        for parameter in model.parameters():
+            parameter.grad = None
+        model(use_cache=False, **inputs).loss.backward()
+
+    def on_embeds(model, batch, requires_grad):
+        with torch.no_grad():
+            embeds = embed(frozen, batch)
+        embeds.requires_grad_(requires_grad)
+        step(model, inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["labels"])
+
+    def with_vision(batch):
+        pixels = batch["pixel_values"].clone().requires_grad_()
+        embeds = embed(frozen, {**batch, "pixel_values": pixels})
+        step(base, inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["labels"])
+
+    def labelled(batch):
+        for parameter in mma.parameters():
+            parameter.grad = None
+        labelled_loss(mma, batch).backward()
+
+    steps = {
+        "base": lambda batch: on_embeds(base, batch, True),
+        "base_vision": with_vision,
+        "lora": lambda batch: on_embeds(lora, batch, False),
+        "mma": lambda batch: step(mma, **batch),
+        "mma_labelled": labelled,
+    }
+    return {name: lambda number, run=run: run(batches[number % MAX_BATCHES]) for name, run in steps.items()}
+
+
+def labelled_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of `model(**batch)`, with logits only at the positions that have a label."""
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(use_cache=False, logits_to_keep=targets != -100, **inputs).logits
+    return F.cross_entropy(logits.float(), targets[targets != -100])
+
+
+def run(size: Size, rounds: int, seed: int = 0, lora_dropout: float = 0.0) -> dict:
+    """
+    Measures it.
+
+    Returns:
+        `dict`: `results` with seconds and ratios, and what they were measured with.
+    """
+    torch.manual_seed(seed)
+    seconds = interleave(make_rivals(size, seed, lora_dropout), rounds)
+    return {
+        "title": "Training step, forward + backward (a bare loop)",
+        "name": NAME,
+        "machine": machine(),
+        "rounds": rounds,
+        "size": vars(size),
+        "lora_dropout": lora_dropout,
+        "notes": [
+            f"language model {size.hidden_size} x {size.layers}, vocabulary {size.vocab_size}; ViT "
+            f"{size.vision_hidden_size} x {size.vision_layers}, {size.image_size} px, patch {size.patch_size}",
+            f"{size.batch_size} rows, half of them with an image, prompt about {size.prompt_tokens} and answer about "
+            f"{size.answer_tokens} tokens, padded to the longest; float32; LoRA dropout {lora_dropout}",
+        ],
+        "results": {"training step": summary(seconds, GOALS)},
+    }

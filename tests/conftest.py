@@ -1,0 +1,155 @@
+"""Tiny random models, in one place. Their weights are large, so that every part of them matters to the output."""
+
+import os
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
+
+from lavin import LavinConfig, LavinForConditionalGeneration, MMAConfig
+
+
+VOCAB, PAD, BOS, EOS = 64, 0, 1, 2
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 128,
+    "initializer_range": 0.2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+TEXTS = {
+    "llama2": (LlamaConfig, {**SHAPE, "num_key_value_heads": 4}, {}),
+    "llama3": (LlamaConfig, {**SHAPE, "tie_word_embeddings": True}, {}),
+    "mistral": (MistralConfig, {**SHAPE, "sliding_window": None}, {}),
+    "qwen2": (Qwen2Config, {**SHAPE, "tie_word_embeddings": True}, {}),
+    "qwen3": (Qwen3Config, {**SHAPE, "head_dim": 16}, {}),
+    "smollm": (LlamaConfig, {**SHAPE, "hidden_size": 48, "num_attention_heads": 6, "tie_word_embeddings": True}, {}),
+    "gpt2": (GPT2Config, GPT2, {}),
+    # The image token lies inside a vocabulary that is padded to a round number.
+    "llama2_padded": (LlamaConfig, {**SHAPE, "num_key_value_heads": 4}, {"image_token_id": VOCAB - 3}),
+    "qwen2_padded": (Qwen2Config, {**SHAPE, "tie_word_embeddings": True}, {"image_token_id": VOCAB - 3}),
+}
+VISION_SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+VISIONS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
+
+
+def tiny_config(text: str = "llama2", vision: str = "clip", **overrides) -> LavinConfig:
+    """A LaVIN of width 32 with two image tokens per image."""
+    text_class, values, extra = TEXTS[text]
+    values = {**values, **overrides.pop("text_config", {})}
+    arguments = {"projector_hidden_size": 8, "vision_feature_layers": [2, 4], **extra, **overrides}
+    return LavinConfig(vision_config=VISIONS[vision](**VISION_SHAPE), text_config=text_class(**values), **arguments)
+
+
+def fill(model, adapter_name: str = "mma", seed: int = 7):
+    """Fills an adapter with seeded noise: as it starts it is the identity, and would show nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{adapter_name}." in name:
+                noise = torch.empty(parameter.shape).normal_(generator=generator)
+                parameter.add_(noise * (3.0 if "adapter_router" in name else 0.2))
+    return model
+
+
+def tiny_peft(text: str = "llama2", vision: str = "clip", mma: dict | None = None, seed: int = 0, **overrides):
+    """A `PeftModel` in eval mode with a filled adapter named `mma`."""
+    model = tiny_lavin(text, vision, adapter=False, seed=seed, **overrides)
+    return fill(get_peft_model(model, MMAConfig(**(mma or {})), adapter_name="mma")).eval()
+
+
+def tiny_lavin(text: str = "llama2", vision: str = "clip", adapter: bool = True, mma=None, seed: int = 0, **overrides):
+    """A `LavinForConditionalGeneration` in eval mode; its adapter, if any, is filled and trainable."""
+    if adapter:
+        return tiny_peft(text, vision, mma, seed, **overrides).get_base_model()
+    torch.manual_seed(seed)
+    model = LavinForConditionalGeneration(tiny_config(text, vision, **overrides)).eval()
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = None  # every answer has the asked length
+    return model
+
+
+def row(config: LavinConfig, images: int = 1, length: int = 6, seed: int = 0) -> torch.Tensor:
+    """One row of ids: BOS, then the images, each followed by some text."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(3, VOCAB - 6, (length,), generator=generator)
+    pieces = [torch.tensor([BOS])]
+    for i in range(images):
+        pieces += [torch.full((config.num_image_tokens,), config.image_token_id), text[i : i + 1]]
+    return torch.cat([*pieces, text])
+
+
+def pixels(count: int = 1, seed: int = 0) -> torch.Tensor:
+    size = VISION_SHAPE["image_size"]
+    return torch.empty(count, 3, size, size).normal_(generator=torch.Generator().manual_seed(100 + seed))
+
+
+def pad(rows: list[torch.Tensor], side: str = "left") -> dict[str, torch.Tensor]:
+    """Rows of different length as one batch."""
+    length = max(len(ids) for ids in rows)
+    input_ids = torch.full((len(rows), length), PAD)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, ids in enumerate(rows):
+        where = slice(length - len(ids), None) if side == "left" else slice(0, len(ids))
+        input_ids[i, where], attention_mask[i, where] = ids, 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def batch(config: LavinConfig, images=(1,), length: int = 6, side: str = "left", seed: int = 0) -> dict:
+    """A batch with so many images in each row; the rows differ in length."""
+    rows = [row(config, n, length + i, seed + i) for i, n in enumerate(images)]
+    inputs = pad(rows, side)
+    if sum(images):
+        inputs["pixel_values"] = pixels(sum(images), seed)
+    return inputs
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return (a.float() - b.float()).abs().max().item()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

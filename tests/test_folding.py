@@ -1,0 +1,112 @@
+"""`merge_modality`: the adapter of one modality folded into a plain language model."""
+
+import pytest
+import torch
+from conftest import TEXTS, batch, difference, fill, pixels, row, tiny_lavin, tiny_peft
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from lavin import MMAConfig
+
+
+TAKES_BIAS = {name: name != "mistral" for name in TEXTS}
+TAKES_MLP_BIAS = {name: name.startswith(("llama", "smollm", "gpt2")) for name in TEXTS}
+
+
+def shown(model, modality):
+    """A prompt of the modality as ids and as embeddings with the image in it, and the adapted model's logits."""
+    images = 2 if modality == "image" else 0
+    ids = row(model.config, images, 7)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, pixel_values=pixels(images) if images else None).logits
+        embeds = model.get_input_embeddings()(ids.masked_fill(ids == model.config.image_token_id, 0))
+        if images:
+            features = model.get_image_features(pixels(images)).pooler_output
+            embeds[ids == model.config.image_token_id] = features.flatten(0, 1)
+    return ids, embeds, expected
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["attention", "attention and MLP"])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_folded_logits(text, modality, mlp):
+    peft = tiny_peft(text, mma={"text_mlp": mlp, "scale": 0.7})
+    model = peft.get_base_model()
+    if not (TAKES_MLP_BIAS if mlp else TAKES_BIAS)[text]:
+        with pytest.raises(ValueError, match="cannot take a bias on .*keep the adapter attached"):
+            peft.merge_modality(modality)
+        return
+    ids, embeds, expected = shown(model, modality)
+    plain = peft.merge_modality(modality)
+    assert type(plain) is type(AutoModelForCausalLM.from_config(model.config.text_config))
+    with torch.no_grad():
+        assert difference(plain(inputs_embeds=embeds).logits, expected) < 1e-4
+        if modality == "text":
+            assert difference(plain(input_ids=ids).logits, expected) < 1e-4
+    other = peft.merge_modality("image" if modality == "text" else "text")
+    assert difference(other(inputs_embeds=embeds).logits, expected) > 1e-2
+    with torch.no_grad():  # the model itself stays as it was
+        assert torch.equal(shown(model, modality)[2], expected)
+
+
+@pytest.mark.parametrize("text", ["llama2", "llama3", "qwen2", "qwen3", "gpt2"])
+def test_a_folded_model_is_saved_and_loaded_as_any_other(text, tmp_path):
+    peft = tiny_peft(text)
+    ids, _, expected = shown(peft.get_base_model(), "text")
+    peft.merge_modality("text").save_pretrained(tmp_path)
+    cls = LlamaForCausalLM if text.startswith("llama") else AutoModelForCausalLM
+    plain, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert difference(plain.eval()(input_ids=ids).logits, expected) < 1e-4
+    if text.startswith("llama"):
+        assert plain.config.attention_bias is True and plain.config.mlp_bias is False
+        assert plain.model.layers[0].self_attn.o_proj.bias.abs().max() == 0
+    tied = bool(plain.config.tie_word_embeddings)
+    assert (
+        (plain.lm_head.weight is plain.get_input_embeddings().weight) == tied == (text in ("llama3", "qwen2", "gpt2"))
+    )
+    assert not [name for name, _ in plain.named_parameters() if "adapter" in name or "base_layer" in name]
+
+
+def test_a_folded_model_generates_the_same():
+    model = tiny_lavin()
+    inputs = batch(model.config, (0, 0))
+    plain = model.merge_modality("text")
+    arguments = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(plain.generate(**inputs, **arguments), model.generate(**inputs, **arguments))
+
+
+def test_the_active_adapter_is_folded_with_its_modules_to_save():
+    peft = tiny_peft(mma={"modules_to_save": ["lm_head"]})
+    with torch.no_grad():
+        peft.get_base_model().lm_head.modules_to_save["mma"].weight.mul_(3)
+    peft.add_adapter("other", MMAConfig(r=2, target_modules=r".*language_model\.layers\.1\.self_attn"))
+    fill(peft, "other", 5)
+    for name in ("mma", "other"):
+        peft.set_adapter(name)
+        ids, _, expected = shown(peft.get_base_model().eval(), "text")
+        assert difference(peft.merge_modality("text")(input_ids=ids).logits, expected) < 1e-4
+
+
+def test_half_precision_folds_within_its_own_rounding():
+    model = tiny_lavin(adapter=False).to(torch.bfloat16)
+    peft = fill(get_peft_model(model, MMAConfig(), adapter_name="mma")).eval()
+    ids, _, expected = shown(model, "text")
+    plain = peft.merge_modality("text")
+    assert plain.dtype == torch.bfloat16
+    assert difference(plain(input_ids=ids).logits, expected) < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "prepare, modality, message",
+    [
+        (lambda: tiny_lavin(), "both", "`modality` must be 'text' or 'image'"),
+        (lambda: tiny_lavin(adapter=False), "text", "No MMA adapter is active"),
+        (lambda: tiny_lavin(mma={"target_modules": r".*vision_tower.*self_attn"}), "text", "No MMA adapter is active"),
+        (lambda: tiny_lavin(mma={"target_modules": r".*language_model.*q_proj"}), "text", "unknown maps"),
+    ],
+    ids=["modality", "no adapter", "vision only", "other targets"],
+)
+def test_what_cannot_be_folded(prepare, modality, message):
+    with pytest.raises(ValueError, match=message):
+        prepare().merge_modality(modality)
