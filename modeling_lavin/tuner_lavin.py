@@ -129,13 +129,13 @@ class KeptRouting:
         tensors (`list[torch.Tensor]`): the weights it was made of.
         key (`tuple`): their state, and the choice of adapter, see [`MMARouting.key`].
         table (`torch.Tensor`, *optional*): the routing table, `(layers, 2 modalities, 2 experts)`.
-        up (`dict`): each layer's up maps in one product.
+        maps (`dict`): each layer's maps, see [`MMALayer.kept_maps`].
     """
 
     tensors: list[torch.Tensor]
     key: tuple
     table: torch.Tensor | None = None
-    up: dict = field(default_factory=dict)
+    maps: dict = field(default_factory=dict)
 
 
 class MMARouting:
@@ -206,13 +206,9 @@ class MMAUp(nn.Module):
         rows = (blocks.unsqueeze(3) * eye).reshape(experts, -1, features)
         return torch.cat([rows, self.bias.unsqueeze(1)], dim=1)
 
-    def forward(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor, scale: float, kept: dict | None = None):
+    def forward(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
         """x + scale * sum of the experts' outputs on `a`, weighted by `weights`: one product for all experts."""
-        dense = None if kept is None else kept.get(x.dtype)
-        if dense is None:
-            dense = (self.dense() * scale).to(x.dtype)
-            if kept is not None:
-                kept[x.dtype] = dense
+        dense = (self.dense() * scale).to(x.dtype)
         a = F.pad(a, (0, 1), value=1.0)
         if weights.shape[1] == 1:  # one choice for a whole row: its experts' maps are mixed first
             return torch.baddbmm(x, a, (weights.squeeze(1) @ dense.flatten(1)).unflatten(1, dense.shape[1:]))
@@ -305,11 +301,31 @@ class MMALayer(nn.Module, BaseTunerLayer):
     def adapt(self, x: torch.Tensor) -> torch.Tensor:
         """The adapted input, in x's dtype and shape."""
         name = self.active_name
+        kept = self.routing.usable() if self.is_text and self.routing.weights is not None else None
+        # ZeRO-3 gathers a partitioned weight only inside its own module.
+        if kept is not None and not self.training and not hasattr(self.adapter_down[name].weight, "ds_id"):
+            return self.adapt_kept(x, kept.maps.setdefault(self.key, {}))
         a = self.adapter_dropout[name](self.adapter_down[name](x))
-        kept = self.routing.usable() if self.is_text else None
-        if kept is not None:
-            kept = kept.up.setdefault(self.key, {})
-        return self.adapter_up[name](x, a, self.expert_weights(x).to(x), self.adapter_config[name].scale, kept)
+        return self.adapter_up[name](x, a, self.expert_weights(x).to(x), self.adapter_config[name].scale)
+
+    def adapt_kept(self, x: torch.Tensor, kept: dict) -> torch.Tensor:
+        """Where gradients are off: two products and a weighting, as every small operation counts in decoding."""
+        if x.dtype not in kept:
+            with torch.inference_mode(False), torch.no_grad():
+                kept[x.dtype] = self.kept_maps(x.dtype)
+        down, bias, up = kept[x.dtype]
+        weights = self.routing.weights[self.key].to(x)
+        a = F.linear(x, down, bias).view(*x.shape[:-1], weights.shape[1], -1)
+        mixed = (a * weights[:, None, :, None]).view(-1, up.shape[0])
+        return torch.addmm(x.reshape(-1, x.shape[-1]), mixed, up).view_as(x)
+
+    def kept_maps(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The down map once for each expert, with an output that is always 1 for the up bias; and all up maps."""
+        name = self.active_name
+        down, up = self.adapter_down[name], self.adapter_up[name].dense() * self.adapter_config[name].scale
+        weight = F.pad(down.weight, (0, 0, 0, 1)).repeat(up.shape[0], 1)
+        bias = F.pad(down.bias, (0, 1), value=1.0).repeat(up.shape[0])
+        return weight.to(dtype), bias.to(dtype), up.flatten(0, 1).to(dtype)
 
     def expert_weights(self, x: torch.Tensor) -> torch.Tensor:
         """Weights of the experts, `(batch, length or 1, experts)`."""

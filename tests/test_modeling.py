@@ -650,7 +650,8 @@ def test_nothing_kept_is_made_in_inference_mode():
         model(**inputs)
     kept = model.model.routing.kept
     assert not kept.table.is_inference()
-    assert not any(t.is_inference() for by_dtype in kept.up.values() for t in by_dtype.values())
+    maps = [tensor for kinds in kept.maps.values() for triple in kinds.values() for tensor in triple]
+    assert maps and not any(tensor.is_inference() for tensor in maps)
     model.train()(**inputs, labels=in_vocabulary(inputs, model.config)).loss.backward()
 
 

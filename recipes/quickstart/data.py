@@ -1,12 +1,21 @@
-"""ScienceQA's own files: writing a small data set in that format, and turning any such data set into rows for `trl sft`."""
+"""ScienceQA's own files: writing a small data set in that format, and turning any such data set into rows of TRL."""
 
 import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from .world import Drawing, context_problem, digit_problem, digit_scans, draw, drawing_problem, knowledge_problem
-from .world import render_scan, split_scans
+from .world import (
+    Drawing,
+    context_problem,
+    digit_problem,
+    digit_scans,
+    draw,
+    drawing_problem,
+    knowledge_problem,
+    render_scan,
+    split_scans,
+)
 
 
 LETTERS = "ABCDEFGHIJ"
@@ -164,6 +173,7 @@ def write_parquet(rows: Iterable[dict], path: str | Path) -> int:
         `int`: the number of rows.
     """
     from datasets import Dataset, Features, Image, List, Value
+    from datasets.utils import are_progress_bars_enabled, disable_progress_bars, enable_progress_bars
 
     message = {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
     features = Features({
@@ -173,7 +183,11 @@ def write_parquet(rows: Iterable[dict], path: str | Path) -> int:
     rows = list(rows)
     columns = {name: [row[name] for row in rows] for name in features}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    shown = are_progress_bars_enabled()
+    disable_progress_bars()  # it takes a moment
     Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    if shown:
+        enable_progress_bars()
     return len(rows)
 
 

@@ -108,9 +108,9 @@ def evaluate(model, processor, questions: list[dict], batch_size: int = 64) -> d
         batch_size (`int`, *optional*, defaults to 64): Questions at once.
 
     Returns:
-        `dict[str, float]`, in percent: ScienceQA's `TXT` (questions with a hint), `IMG` (with an image), `NO` (neither)
-        and `AVG`; `text_only` (all without an image); one entry for every category of image questions, named in the
-        plural (`digits`, `drawings`); the controls `wrong_image` and `no_image` over all image questions;
+        `dict[str, float]`, in percent: ScienceQA's `TXT` (questions with a hint), `IMG` (with an image), `NO`
+        (neither) and `AVG`; `text_only` (all without an image); one entry for every category of image questions, named
+        in the plural (`digits`, `drawings`); the controls `wrong_image` and `no_image` over all image questions;
         `chance` (guessing evenly, image questions); `failed` (answers without a letter); and `seconds`.
     """
     start = time.time()

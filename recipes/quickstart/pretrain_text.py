@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from collections.abc import Callable
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,13 +11,25 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .copying import structured_start
 from .data import ANSWER_START, format_answer, format_question
 from .world import (
-    ATTRIBUTES, DIGITS, Drawing, context_problem, digit_problem, drawing_problem, knowledge_problem, make_problem,
+    ATTRIBUTES,
+    DIGITS,
+    NAMES,
+    OPPOSITES,
+    SOUNDS,
+    Drawing,
+    context_problem,
+    digit_problem,
+    drawing_problem,
+    knowledge_problem,
+    make_problem,
 )  # fmt: skip
 
 
 SLOTS = 6  # places between "Image:" and the question: as many as LaVIN has image tokens
+WORDS = sorted({*sum(ATTRIBUTES.values(), []), *sum(OPPOSITES, ()), *SOUNDS, *SOUNDS.values(), *NAMES})
 BLANK = "<slot>"  # stands for one of them while a row is written; no token of the vocabulary
 
 
@@ -40,9 +53,8 @@ def sample_row(rng: random.Random, lesson: float = 0.0) -> tuple[dict, list[str]
         `tuple`: a ScienceQA record, and the words its image slots hold (empty: a text-only row).
     """
     if rng.random() < lesson:
-        words = ATTRIBUTES[rng.choice(list(ATTRIBUTES))]
-        word = rng.choice(words)
-        return make_problem(f"Which option says {word}?", word, words, f"It says {word}.", rng), []
+        word = rng.choice(WORDS)
+        return make_problem(f"Which option says {word}?", word, WORDS, f"It says {word}.", rng), []
     kind = rng.random()
     if kind < 0.4:
         drawing = Drawing.sample(rng)
@@ -97,40 +109,6 @@ def train_tokenizer(vocab_size: int = 640, rows: int = 20000, seed: int = 0) -> 
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         model_max_length=512, clean_up_tokenization_spaces=False,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def structured_start(model: LlamaForCausalLM):
-    """
-    Starts the heads that copying needs, which plain initialisation does not find in minutes.
-
-    One head of the first layer attends to the previous token (a constant feature of the embedding gives it fixed
-    queries and keys, and the rotary angles do the rest); two heads of every other layer look for positions whose
-    content is like their own (`W_k = W_q`, "mimetic initialisation", arXiv 2305.09828).
-    """
-    config, layers = model.config, model.model.layers
-    width, size = config.hidden_size, config.hidden_size // config.num_attention_heads
-    embedding = model.model.embed_tokens.weight
-    embedding.normal_(0, 0.3)
-    embedding[:, 0] = 1.0
-    model.model.norm.weight.fill_(0.3)
-    frequencies = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2) / size)
-    first = layers[0].self_attn
-    query, key = torch.zeros(size), torch.zeros(size)
-    used = slice(0, size // 4)  # the fast angles: they tell neighbours apart
-    query[: size // 2][used] = 2.0
-    key[: size // 2][used] = 2.0 * frequencies[used].cos()
-    key[size // 2 :][used] = 2.0 * frequencies[used].sin()
-    first.q_proj.weight[:size] = 0
-    first.k_proj.weight[:size] = 0
-    first.q_proj.weight[:size, 0] = query
-    first.k_proj.weight[:size, 0] = key
-    first.v_proj.weight[:size].normal_(0, 1 / math.sqrt(width))
-    first.o_proj.weight[:, :size].normal_(0, 0.5 / math.sqrt(size))
-    for layer in layers[1:]:
-        attention, rows = layer.self_attn, 2 * size
-        attention.q_proj.weight[:rows].normal_(0, 1 / math.sqrt(width))
-        attention.k_proj.weight[:rows] = attention.q_proj.weight[:rows]
 
 
 class Rows:
@@ -232,28 +210,27 @@ def embed(
     return states.index_put(where, soft)
 
 
-def train_text(
-    tokenizer: PreTrainedTokenizerFast, steps: int = 3600, batch_size: int = 32, learning_rate: float = 2e-3,
-    noise: float = 0.8, seed: int = 0,
-) -> tuple[LlamaForCausalLM, dict[str, float]]:  # fmt: skip
+def teach(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, learning_rate: float,
+    lesson: Callable[[int], float], noise: Callable[[int], float], candidates: int, seed: int,
+    batch_size: int = 32, until: float | None = None,
+):  # fmt: skip
     """
-    Trains the language model: first mostly the easy lesson, soon the full mix, image slots ever less clean.
+    Trains the language model for a while: AdamW, a short warm-up, a flat half, a linear decay.
 
     Args:
-        tokenizer (`PreTrainedTokenizerFast`): The model's own tokenizer.
-        steps (`int`, *optional*, defaults to 3600): Optimizer steps.
+        model (`LlamaForCausalLM`): The model, changed in place.
+        tokenizer (`PreTrainedTokenizerFast`): Its tokenizer.
+        steps (`int`): Optimizer steps.
+        learning_rate (`float`): Peak rate.
+        lesson (`Callable`): Share of the easy lesson at each step.
+        noise (`Callable`): How unlike clean words the image slots are at each step, 0 to 1.
+        candidates (`int`): From how many questions each row is chosen, the hard ones first (1: no choice).
+        seed (`int`): Seed of rows and noise.
         batch_size (`int`, *optional*, defaults to 32): Rows per step.
-        learning_rate (`float`, *optional*, defaults to 2e-3): Peak rate of AdamW.
-        noise (`float`, *optional*, defaults to 0.8): How unlike clean words the image slots become (0 to 1).
-        seed (`int`, *optional*, defaults to 0): Seed of weights and rows.
-
-    Returns:
-        `tuple`: the model, and the accuracy of the letter on fresh rows.
+        until (`float`, *optional*): Stops early once this share of the last 50 steps' letters was right.
     """
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = LlamaForCausalLM(text_config(len(tokenizer)))
-    structured_start(model)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
@@ -261,14 +238,15 @@ def train_text(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 50) * min(1, (steps - step) / (0.5 * steps))
     )
-    rows, start, seen = Rows(tokenizer, seed), time.time(), []
+    rows, start, seen, recent = Rows(tokenizer, seed), time.time(), [], []
+    model.train()
     for step in range(steps):
-        easy = min(0.95, max(0.0, 0.95 - (step - 400) / 500))
-        batch = rows.batch(batch_size, easy)
-        level = noise * min(1.0, max(0.0, step / steps - 0.15) / 0.4)
-        logits = model(inputs_embeds=embed(model, batch, level, generator), use_cache=False).logits
+        batch = rows.batch(batch_size, lesson(step), candidates)
+        logits = model(inputs_embeds=embed(model, batch, noise(step), generator), use_cache=False).logits
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none")
         loss = (losses * batch["weights"][:, 1:].flatten()).sum() / batch_size
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError("the language model's loss is not finite")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -276,16 +254,60 @@ def train_text(
         schedule.step()
         seen.append(letters_right(logits, batch))
         rows.mark(batch["kinds"], seen[-1][0])
+        recent = [*recent[-49:], seen[-1][0].float().mean().item()]
+        if until and len(recent) == 50 and sum(recent) / 50 > until:
+            break
         if step % 100 == 99 or step == steps - 1:
-            right = torch.cat([part[0] for part in seen])
-            image = torch.cat([part[1] for part in seen])
-            print(f"text {step + 1:5d}  loss {loss.item():.3f}  letter {right.float().mean():.3f}  text "
-                  f"{right[~image].float().mean():.3f}  slots {right[image].float().mean():.3f}  noise {level:.2f}  "
-                  f"{time.time() - start:.0f} s  hard: {rows.hardest()}", flush=True)  # fmt: skip
+            right, image = (torch.cat([part[i] for part in seen]) for i in (0, 1))
+            scores = f"text {right[~image].float().mean():.3f}  slots {right[image].float().mean():.3f}"
+            clock = f"{time.time() - start:.0f} s"
+            print(f"text {step + 1:5d}  {scores}  {clock}  hard: {rows.hardest()}", flush=True)
             seen = []
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError("the language model's loss is not finite")
-    return model.eval(), score_text(model, tokenizer, noise)
+    model.eval()
+
+
+def train_text(
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int = 1300,
+    more_steps: int = 500,
+    lesson_steps: int = 1500,
+    noise: float = 0.8,
+    seed: int = 0,
+) -> tuple[LlamaForCausalLM, dict[str, float]]:
+    """
+    Trains the language model from nothing.
+
+    First the easy lesson, which fades into the full mix of questions, then image slots that are ever less clean. Some
+    kinds of questions are learned late, all at once; the second part asks those most that still fail.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): The model's own tokenizer.
+        steps (`int`, *optional*, defaults to 1300): Optimizer steps of the first part.
+        more_steps (`int`, *optional*, defaults to 500): Optimizer steps of the second.
+        lesson_steps (`int`, *optional*, defaults to 1500): At most so many for the easy lesson before (it took 110).
+        noise (`float`, *optional*, defaults to 0.8): How unlike clean words the image slots become (0 to 1).
+        seed (`int`, *optional*, defaults to 0): Seed of weights and rows.
+
+    Returns:
+        `tuple`: the model, and the accuracy of the letter on fresh rows.
+    """
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(text_config(len(tokenizer)))
+    structured_start(model)
+    teach(
+        model, tokenizer, lesson_steps, 2e-3, candidates=1, seed=seed + 2, until=0.93,
+        lesson=lambda step: 1.0, noise=lambda step: 0.0,
+    )  # fmt: skip
+    teach(
+        model, tokenizer, steps, 2e-3, candidates=1, seed=seed,
+        lesson=lambda step: max(0.15, 0.7 - step / 400),
+        noise=lambda step: noise * min(1.0, max(0.0, step / steps - 0.2) / 0.4),
+    )  # fmt: skip
+    teach(
+        model, tokenizer, more_steps, 1e-3, candidates=4, seed=seed + 1,
+        lesson=lambda step: 0.0, noise=lambda step: noise,
+    )  # fmt: skip
+    return model, score_text(model, tokenizer, noise)
 
 
 def letters_right(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -296,7 +318,7 @@ def letters_right(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple
 
 
 @torch.no_grad()
-def score_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, noise: float) -> dict[str, float]:
+def score_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, noise: float = 0.8) -> dict[str, float]:
     """Accuracy of the letter on 1,024 fresh rows without the easy lesson."""
     rows, generator = Rows(tokenizer, seed=12345), torch.Generator().manual_seed(1)
     seen = []

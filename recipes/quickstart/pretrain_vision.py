@@ -1,4 +1,4 @@
-"""Trains the quickstart's tiny vision tower: a CLIP ViT whose class token learns one thing more at every tapped block."""
+"""Trains the quickstart's tiny vision tower: a CLIP ViT whose class token learns one thing more per tapped block."""
 
 import math
 import random
@@ -27,8 +27,8 @@ WORDS = {
 def vision_config() -> CLIPVisionConfig:
     """The tower's shape: width 128, 8 blocks, 64 pixels in patches of 16 (1.7M parameters)."""
     return CLIPVisionConfig(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, image_size=64, patch_size=16,
-        projection_dim=128, hidden_act="quick_gelu",
+        hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, image_size=64,
+        patch_size=16, projection_dim=128, hidden_act="quick_gelu",
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def tap_states(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def conditioning_loss(states: torch.Tensor) -> torch.Tensor:
-    """Pulls the taps' states together towards mean 0 and covariance 1, so that one small projector can read them all."""
+    """Pulls the taps' states towards mean 0 and covariance 1, so that one small projector can read them all."""
     flat = states.flatten(0, 1)
     mean = flat.mean(0)
     centred = flat - mean
@@ -102,16 +102,16 @@ def conditioning_loss(states: torch.Tensor) -> torch.Tensor:
 
 
 def train_tower(
-    steps: int = 3200, batch_size: int = 96, learning_rate: float = 1e-3, pool: int = 40000, seed: int = 0
+    steps: int = 2200, batch_size: int = 96, learning_rate: float = 1e-3, pool: int = 24000, seed: int = 0
 ) -> tuple[CLIPVisionModel, dict[str, float]]:
     """
-    Trains the tower on fresh drawings and on the training scans; it never sees an image of the quickstart's test split.
+    Trains the tower on fresh drawings and on the training scans; it never sees an image of the test split.
 
     Args:
-        steps (`int`, *optional*, defaults to 3200): Optimizer steps.
+        steps (`int`, *optional*, defaults to 2200): Optimizer steps.
         batch_size (`int`, *optional*, defaults to 96): Images per step, half drawings, half scans.
         learning_rate (`float`, *optional*, defaults to 1e-3): Peak rate of AdamW (warm-up, flat, linear decay).
-        pool (`int`, *optional*, defaults to 40000): Drawings that are rendered in all.
+        pool (`int`, *optional*, defaults to 24000): Drawings that are rendered in all.
         seed (`int`, *optional*, defaults to 0): Seed of weights and data.
 
     Returns:
