@@ -86,7 +86,7 @@ class LavinFolderMixin:
         full = any(_find(name, file, hub) for file in BASE_WEIGHTS)
         if full:
             model, info = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
-            model.config.base_checkpoint = named_base(name, getattr(config, "_commit_hash", None))
+            model.config.base_checkpoint = named_base(name, hub.get("revision"), hub)
         elif config.base_checkpoint is not None:
             model, info = cls._from_base_checkpoint(name, config, model_args, kwargs)
         else:

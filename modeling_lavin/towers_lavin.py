@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .configuration_lavin import LavinConfig
 
@@ -20,17 +21,18 @@ WEIGHT_FILES = (
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias", "attn.bias")  # buffers of old checkpoints
 
 
-def named_base(name, commit: str | None) -> dict:
+def named_base(name, revision: str | None, hub: dict) -> dict:
     """How a config names a checkpoint: a folder by its whole path, a Hub repository by name and commit."""
     if os.path.isdir(name):
         return {"name": os.path.abspath(name), "revision": None}
-    return {"name": str(name), "revision": commit}
+    file = cached_file(name, "config.json", **{**hub, "revision": revision or "main"})
+    return {"name": str(name), "revision": extract_commit_hash(file, None) or revision}
 
 
 def tower_config(name, revision: str | None, hub: dict):
     """A tower's configuration, and how to name its checkpoint."""
     config = AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
-    return config, named_base(name, getattr(config, "_commit_hash", None) or revision)
+    return config, named_base(name, revision, hub)
 
 
 def read_towers(config: LavinConfig, name, hub: dict) -> dict[str, torch.Tensor]:

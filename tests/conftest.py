@@ -8,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import get_peft_model
 from transformers import (
     CLIPVisionConfig,
@@ -153,3 +155,21 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def one_thread():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+# Python 3.10 gets no newer than transformers 5.20 and TRL 1.14, which cannot do these (README, "Limits").
+NEEDS_NEWER_STACK = (
+    "test_chunked_prefill",
+    "in chunks",
+    "test_the_image_token_is_not_generated[way4",
+    "test_trl_assistant_only_loss",
+    "test_truncated_image_tokens",
+)
+
+
+def pytest_collection_modifyitems(items):
+    if Version(transformers.__version__) >= Version("5.21"):
+        return
+    for item in items:
+        if any(name in item.name for name in NEEDS_NEWER_STACK):
+            item.add_marker(pytest.mark.skip(reason="needs transformers 5.21 and TRL 1.15, so Python 3.11"))

@@ -173,7 +173,7 @@ def write_parquet(rows: Iterable[dict], path: str | Path) -> int:
         `int`: the number of rows.
     """
     from datasets import Dataset, Features, Image, List, Value
-    from datasets.utils import are_progress_bars_enabled, disable_progress_bars, enable_progress_bars
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     message = {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
     features = Features({
@@ -183,12 +183,17 @@ def write_parquet(rows: Iterable[dict], path: str | Path) -> int:
     rows = list(rows)
     columns = {name: [row[name] for row in rows] for name in features}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    shown = are_progress_bars_enabled()
+    hidden = are_progress_bars_disabled()
     disable_progress_bars()  # it takes a moment
     Dataset.from_dict(columns, features=features).to_parquet(str(path))
-    if shown:
+    if not hidden:
         enable_progress_bars()
     return len(rows)
+
+
+def question_key(problem: dict) -> tuple:
+    """What makes a text-only question the same as another."""
+    return problem["question"], problem["hint"], tuple(problem["choices"])
 
 
 def write_dataset(
@@ -197,8 +202,8 @@ def write_dataset(
     """
     Writes the quickstart's data set in ScienceQA's format. The same seed gives the same files.
 
-    No image of one split is in another: drawings are drawn anew, and the real scans are divided between the splits
-    (a training scan may carry several questions, a test scan carries one while they last).
+    No image and no text-only question of one split is in another: drawings are drawn anew, and the real scans are
+    divided between the splits (a training scan may carry several questions, a test scan carries one while they last).
 
     Args:
         folder (`str` or `Path`): Where `problems.json`, `pid_splits.json`, `captions.json` and `images/` are written.
@@ -211,7 +216,7 @@ def write_dataset(
     """
     folder = Path(folder)
     scans, labels = digit_scans()
-    problems, splits, captions = {}, {}, {}
+    problems, splits, captions, asked = {}, {}, {}, set()
     for split, numbers in (sizes or SIZES).items():
         rng = random.Random(f"quickstart {split} {seed}")
         indices = [int(index) for index in split_scans()[split]]
@@ -228,7 +233,9 @@ def write_dataset(
                 used += 1
                 image, problem = render_scan(scans[index]), digit_problem(int(labels[index]), rng)
             else:
-                problem = context_problem(rng) if maker == 2 else knowledge_problem(rng)
+                make = context_problem if maker == 2 else knowledge_problem
+                while question_key(problem := make(rng)) in asked:
+                    pass
             problem["split"] = split
             if image is not None:
                 problem["image"] = "image.png"
@@ -238,6 +245,7 @@ def write_dataset(
                 image.save(path)
             problems[pid] = problem
             splits[split].append(pid)
+        asked |= {question_key(problems[pid]) for pid in splits[split] if not problems[pid]["image"]}
     for name, content in (("problems", problems), ("pid_splits", splits), ("captions", {"captions": captions})):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return folder

@@ -1,0 +1,31 @@
+# One virtual environment for all targets. PYTHON chooses the interpreter (3.10 to 3.13), VENV the place.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart test quality bench clean
+
+quickstart: $(VENV)/.train  ## train and test a tiny LaVIN on this machine; ARGS="--image FILE" asks about your own image
+	$(VENV)/bin/lavin quickstart $(ARGS)
+
+test: $(VENV)/.dev  ## all tests; ARGS="-m 'not slow'" leaves the long ones out
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+quality: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.train
+	$(VENV)/bin/python -m lavin.recipes.bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# An environment that holds an extra of pyproject.toml, at the versions of constraints.txt.
+$(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[$*]"
+	touch $@

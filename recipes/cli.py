@@ -1,0 +1,116 @@
+"""The command `lavin`: a thin layer over functions that can be imported as well."""
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs one subcommand.
+
+    Returns:
+        `int`: 0; 2 after bad input, whose cause is printed without a traceback.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["quickstart"]:  # it has a parser of its own
+        from lavin.recipes.quickstart.quickstart import main as quickstart
+
+        quickstart(argv[1:])
+        return 0
+    arguments = vars(build_parser().parse_args(argv))
+    command = arguments.pop("command")
+    try:
+        COMMANDS[command](**arguments)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"lavin {command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; what they import is imported when they run."""
+    parser = argparse.ArgumentParser(prog="lavin", description="Teach a frozen language model to see.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    init = commands.add_parser("init", help="write a LaVIN folder from a vision tower and a language model")
+    init.add_argument("--vision", required=True, metavar="NAME", help="CLIP or SigLIP: Hub name or folder")
+    init.add_argument("--text", required=True, metavar="NAME", help="decoder-only language model: Hub name or folder")
+    init.add_argument("--projector-hidden-size", type=int, metavar="N", help="128 by default")
+    _folder_options(init)
+
+    convert = commands.add_parser("convert", help="read an adapter checkpoint of the reference implementation")
+    convert.add_argument("checkpoint", metavar="CHECKPOINT.pth")
+    convert.add_argument(
+        "--text-model", required=True, metavar="DIR", help="LLaMA in transformers' format, or Hub name"
+    )
+    convert.add_argument("--vision-model", required=True, metavar="DIR", help="CLIP ViT-L/14: folder or Hub name")
+    _folder_options(convert)
+    stored = convert.add_argument_group("hyper-parameters", "by default those that the checkpoint stores or shows")
+    for name in ("--adapter-dim", "--hidden-proj", "--groups"):
+        stored.add_argument(name, type=int, metavar="N")
+    for name in ("--adapter-scale", "--temperature"):
+        stored.add_argument(name, type=float, metavar="X")
+    stored.add_argument("--adapter-type", choices=("attn", "block"))
+    stored.add_argument("--visual-adapter-type", choices=("router", "router_block", "normal"))
+
+    card = commands.add_parser("card", help="write LaVIN's card over a trainer's")
+    card.add_argument("folder", metavar="DIR")
+    card.add_argument("--push", metavar="REPO", help="replace README.md of this Hub repository as well")
+
+    ask = commands.add_parser("ask", help="ask one question")
+    ask.add_argument("folder", metavar="DIR", help="a LaVIN folder or Hub name")
+    ask.add_argument("question")
+    ask.add_argument("--image", action="append", dest="images", metavar="FILE", help="may be given several times")
+    ask.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+
+    commands.add_parser("quickstart", help="train and test a tiny LaVIN on this machine (`quickstart --help`)")
+    return parser
+
+
+def _folder_options(parser: argparse.ArgumentParser):
+    parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--full", action="store_true", help="write the base weights too, not only where they are")
+    parser.add_argument("--vision-revision", metavar="REV")
+    parser.add_argument("--text-revision", metavar="REV")
+    parser.add_argument(
+        "--vision-feature-layers", type=int, nargs="+", metavar="N", help="blocks to read; every fourth by default"
+    )
+    parser.add_argument(
+        "--preprocessing", choices=("lavin", "clip"), default="lavin", help="images squashed (lavin) or cropped (clip)"
+    )
+
+
+def run_init(**arguments):
+    from lavin.recipes.init import init_folder
+
+    print(f"Wrote {init_folder(**arguments)}. Train it: trl sft with `model_init_kwargs: {{mma: {{}}}}`.")
+
+
+def run_convert(**arguments):
+    from lavin.recipes.convert import convert_checkpoint
+
+    folder, with_processor = convert_checkpoint(**arguments)
+    print(f"Wrote {folder}.")
+    if not with_processor:
+        print(f"No processor was written: {arguments['text_model']} has no tokenizer.")
+
+
+def run_card(**arguments):
+    from lavin.recipes.card import card_folder
+
+    print(f"Wrote {card_folder(**arguments)}.")
+    if arguments["push"]:
+        print(f"Pushed it to {arguments['push']}.")
+
+
+def run_ask(**arguments):
+    from lavin.recipes.ask import ask
+
+    print(ask(**arguments))
+
+
+COMMANDS = {"init": run_init, "convert": run_convert, "card": run_card, "ask": run_ask}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

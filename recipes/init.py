@@ -1,0 +1,177 @@
+"""Starts a LaVIN from a vision tower and a language model: a light folder, without loading any weights."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import cached_file
+
+from lavin import LavinConfig, LavinForConditionalGeneration, LavinProcessor
+from lavin.configuration_lavin import vision_part
+from lavin.folder_lavin import ADAPTER_NAME, BASE_WEIGHTS, check_output_folder, config_of_pair
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def init_folder(
+    vision: str | os.PathLike,
+    text: str | os.PathLike,
+    output: str | os.PathLike,
+    full: bool = False,
+    vision_revision: str | None = None,
+    text_revision: str | None = None,
+    projector_hidden_size: int | None = None,
+    vision_feature_layers: list[int] | None = None,
+    preprocessing: str = "lavin",
+    **hub,
+) -> Path:
+    r"""
+    Writes a LaVIN folder: configuration that names both checkpoints with their commits, code, processor, chat
+    template, generation config and card.
+
+    Args:
+        vision (`str` or `os.PathLike`): Folder or Hub name of a CLIP or SigLIP tower, or of a whole checkpoint.
+        text (`str` or `os.PathLike`): Folder or Hub name of a decoder-only language model.
+        output (`str` or `os.PathLike`): A new or empty folder, or a light one without an adapter.
+        full (`bool`, *optional*, defaults to `False`): Load both and write their weights as well.
+        vision_revision, text_revision (`str`, *optional*): Branch, tag or commit; the commit is what is written.
+        projector_hidden_size (`int`, *optional*): As in [`LavinConfig`], like the next.
+        vision_feature_layers (`list[int]`, *optional*): Blocks whose class token is read, counted from 1.
+        preprocessing (`str`, *optional*, defaults to `"lavin"`): `"lavin"` or `"clip"`, see [`LavinProcessor`].
+        hub: `token`, `cache_dir` and the like.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        `OSError`: if a checkpoint cannot be reached; the message says which.
+        `ValueError`: if the output folder holds something else, or a checkpoint is not of its kind. Nothing has been
+        written then.
+    """
+    check_new_folder(output)
+    settings = {"projector_hidden_size": projector_hidden_size, "vision_feature_layers": vision_feature_layers}
+    config, generation_config = pair_config(vision, text, vision_revision, text_revision, hub, **settings)
+    processor = pair_processor(config, preprocessing, hub)
+    if processor is None:
+        raise ValueError(
+            f"{text} has no tokenizer ({', '.join(TOKENIZER_FILES)}), which the processor needs: add one."
+        )
+    model = load_pair(config, hub) if full else meta_model(config, generation_config)
+    write_folder(model, processor, output, full)
+    return Path(output)
+
+
+def write_folder(model, processor, output, full: bool):
+    """Processor first: the card and the code come with the model, and the model saves over nothing of it."""
+    Path(output).mkdir(parents=True, exist_ok=True)
+    if processor is not None:
+        processor.save_pretrained(output)
+    model.save_pretrained(output, full=full)
+
+
+def check_new_folder(folder):
+    """
+    Raises:
+        `ValueError`: if `folder` cannot be written, or holds anything but hidden files or a light LaVIN folder without
+        an adapter: weights of another model beside a new configuration would load without an error.
+    """
+    check_output_folder(folder)
+    path = Path(folder)
+    names = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.is_dir() else set()
+    way_out = "Name a new or an empty folder."
+    if names and "config.json" not in names:
+        raise ValueError(
+            f"The output folder {folder} holds something else ({', '.join(sorted(names)[:3])}). {way_out}"
+        )
+    if held := names & {ADAPTER_NAME, *BASE_WEIGHTS}:
+        raise ValueError(f"The output folder {folder} is a LaVIN with weights ({', '.join(sorted(held))}). {way_out}")
+
+
+def pair_config(
+    vision, text, vision_revision, text_revision, hub, **overrides
+) -> tuple[LavinConfig, GenerationConfig]:
+    """
+    The configurations of a pair, model's and generation's, after a check that each checkpoint can be reached and is of
+    its kind.
+
+    Raises:
+        `OSError`, `ValueError`: see [`init_folder`].
+    """
+    vision, text = os.fspath(vision), os.fspath(text)
+    vision_config = vision_part(_reach(vision, vision_revision, "vision", hub))
+    if getattr(vision_config, "image_size", None) is None:
+        raise ValueError(
+            f"{vision} is no vision tower (a {vision_config.model_type} has no `image_size`): name a CLIP or SigLIP."
+        )
+    text_config = _reach(text, text_revision, "text", hub)
+    if type(text_config.get_text_config(decoder=True)) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{text} is no language model (its type is {text_config.model_type}): name a causal one.")
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    return config_of_pair(vision, text, vision_revision, text_revision, hub=hub, **overrides)
+
+
+def _reach(name: str, revision: str | None, kind: str, hub: dict):
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise OSError(
+            f"The {kind} checkpoint {name} has no config.json: it is not in transformers' format. Convert it "
+            "first, or name one that is."
+        )
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
+    except OSError as error:
+        at = f" at revision {revision}" if revision else ""
+        raise OSError(
+            f"The {kind} checkpoint {name}{at} cannot be reached: {_one_line(error)} Check the name, the network "
+            "and, for a gated checkpoint, `hf auth login`; or name a folder with the checkpoint in it."
+        ) from error
+    except ValueError as error:  # a type that transformers does not know, or a config.json that is none
+        raise ValueError(
+            f"The {kind} checkpoint {name} is no model that transformers knows: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def pair_processor(config: LavinConfig, preprocessing: str, hub: dict) -> LavinProcessor | None:
+    """The processor of a configuration's two checkpoints; None where the language model has no tokenizer."""
+    vision, text = config.vision_checkpoint, config.text_checkpoint
+    where = {"revision": text["revision"] or "main", "_raise_exceptions_for_missing_entries": False, **hub}
+    if not any(cached_file(text["name"], file, **where) for file in TOKENIZER_FILES):
+        return None
+    return LavinProcessor.from_vision_text_pretrained(
+        vision["name"],
+        text["name"],
+        num_image_tokens=config.num_image_tokens,
+        preprocessing=preprocessing,
+        vision_revision=vision["revision"],
+        text_revision=text["revision"],
+        **hub,
+    )
+
+
+def meta_model(config: LavinConfig, generation_config: GenerationConfig | None = None):
+    """The [`LavinForConditionalGeneration`] without weights, in the dtype of its language model."""
+    with torch.device("meta"):
+        model = LavinForConditionalGeneration._from_config(config, dtype=config.text_config.dtype or torch.float32)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    return model
+
+
+def load_pair(config: LavinConfig, hub: dict) -> LavinForConditionalGeneration:
+    """The model with the weights of both checkpoints."""
+    vision, text = config.vision_checkpoint, config.text_checkpoint
+    return LavinForConditionalGeneration.from_vision_text_pretrained(
+        vision["name"],
+        text["name"],
+        vision_revision=vision["revision"],
+        text_revision=text["revision"],
+        projector_hidden_size=config.projector_hidden_size,
+        vision_feature_layers=config.vision_feature_layers,
+        image_token_id=config.image_token_id,
+        **hub,
+    )

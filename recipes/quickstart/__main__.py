@@ -1,0 +1,5 @@
+from .quickstart import main
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""
+Everything in README.md that can be run here is run, in its order, in one folder. The names of checkpoints of the Hub
+stand for tiny random ones; nothing else is changed.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from lavin.recipes.cli import build_parser, main
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIXTURE = ROOT / "tests" / "fixtures" / "lavin_reference"
+NAMES = {
+    "openai/clip-vit-large-patch14": "tiny-clip",
+    "huggyllama/llama-7b": "tiny-llama",
+    "org/lavin-7b": "org-lavin-7b",
+    "checkpoint-19.pth": str(FIXTURE / "checkpoint-19.pth"),
+}
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+    for name, local in NAMES.items():
+        found = [block.replace(name, local) for block in found]
+    return found
+
+
+def commands(name: str) -> list[list[str]]:
+    lines = "".join(blocks("bash")).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{name} ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the README is read: a picture, and the tiny checkpoints its names stand for."""
+    folder = tmp_path_factory.mktemp("readme")
+    Image.new("RGB", (20, 20), "red").save(folder / "picture.png")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(num_hidden_layers=8, image_size=8, patch_size=4, **shape)
+    CLIPVisionModel(vision).save_pretrained(folder / "tiny-clip")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet)
+    backend.train_from_iterator([README], trainer)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.save_pretrained(folder / "tiny-llama")
+    text = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, **shape)
+    LlamaForCausalLM(text).save_pretrained(folder / "tiny-llama")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert main(["init", "--vision", "tiny-clip", "--text", "tiny-llama", "--output", "org-lavin-7b"]) == 0
+        AutoModel.from_pretrained("org-lavin-7b", mma={}).save_pretrained("org-lavin-7b")
+        namespace = {}
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec"), namespace)
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_python_blocks_run(folder, capsys):
+    assert len(blocks("python")) == 5
+    assert (folder / "my-lavin" / "config.json").is_file() and not list((folder / "my-lavin").glob("*.safetensors"))
+    assert (folder / "train.parquet").is_file()
+    text = LlamaConfig.from_pretrained(folder / "lavin-7b-text")
+    assert text.architectures == ["LlamaForCausalLM"] and text.attention_bias
+
+
+def test_lavin_commands_run(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    seen = [command[1] for command in commands("lavin")]
+    assert seen == ["ask", "init", "card", "convert"]
+    for command in commands("lavin"):
+        if command[1] == "card":  # it needs a Hub (`test_cli.py`): its options are known at least
+            build_parser().parse_args(command[1:])
+            continue
+        # A released adapter belongs to one base; the fixture has its own.
+        base = {"tiny-llama": f"{FIXTURE}/llama", "tiny-clip": f"{FIXTURE}/clip"} if command[1] == "convert" else {}
+        assert main([base.get(word, word) for word in command[1:]]) == 0, command
+    assert (folder / "lavin-7b" / "mma" / "adapter_model.safetensors").is_file()
+    assert "Wrote my-lavin" in capsys.readouterr().out
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"make (\w+)", README)) - {"a"}
+    assert targets and all(re.search(rf"^{target}:", makefile, flags=re.M) for target in targets), targets
+
+
+@pytest.mark.slow
+def test_training_with_the_readmes_yaml(folder, tmp_path):
+    """`trl sft` on the rows and the YAML of the README, then `lavin card` on what it leaves."""
+    (block,) = blocks("yaml")
+    assert yaml.safe_load(block)["output_dir"] == "my-lavin-mma"
+    (folder / "sft.yaml").write_text(block, encoding="utf-8")
+    (command,) = commands("trl")
+    assert command == ["trl", "sft", "--config", "sft.yaml"]
+    cpu = re.search(r"Without a GPU add `(.*?)`", README).group(1).split()
+    result = subprocess.run(
+        [sys.executable, "-m", "trl.scripts.sft", *command[2:], *cpu, "--max_steps", "2", "--report_to", "none"],
+        cwd=folder, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    trained = folder / "my-lavin-mma"
+    assert (trained / "mma" / "adapter_model.safetensors").is_file() and not (trained / "model.safetensors").exists()
+    card = (trained / "README.md").read_text()
+    assert "Trainable parameters" in card
+    assert main(["card", str(trained)]) == 0 and (trained / "README.md").read_text() == card
