@@ -178,11 +178,9 @@ class LavinFolderMixin:
         check_output_folder(save_directory)
         adapters = [name for name, c in getattr(self, "peft_config", {}).items() if c.peft_type.value == "MMA"]
         config = self.config
-        nameable = config.base_checkpoint is not None or (config.text_checkpoint and config.vision_checkpoint)
         if full is None:
-            trained = any(p.requires_grad for n, p in self.named_parameters() if _base_name(n) == n)
-            full = not adapters or not nameable or trained or getattr(self, "_is_full_folder", False)
-        elif not full and not nameable:
+            full = not adapters or not _can_be_light(self) or getattr(self, "_is_full_folder", False)
+        elif not full and not _is_nameable(config):
             raise ValueError(
                 "A light folder names the checkpoints of its base, and this model has none: it was not made from a "
                 "pair or a saved folder. Save it with `full=True`."
@@ -204,9 +202,10 @@ class LavinFolderMixin:
         for file in Path(__file__).parent.glob("*_lavin.py"):
             Path(save_directory, file.name).write_bytes(file.read_bytes())
         active = next((module.active_name for module in self.modules() if hasattr(module, "adapter_down")), None)
+        main = ADAPTER_NAME if ADAPTER_NAME in adapters else active
         for adapter in adapters:
-            # The active adapter is the folder's; others lie beside it under their own names.
-            folder = ADAPTER_NAME if adapter == active else adapter
+            # Each under its own name. Where none is named `mma`, the active one is what the folder loads.
+            folder = ADAPTER_NAME if adapter == main else adapter
             self._save_adapter(Path(save_directory, folder), adapter, state_dict)
         self._carry_processor(save_directory)
         write_card(self, save_directory)
@@ -365,10 +364,14 @@ class LavinPeftModel(PeftModel):
         return self.get_base_model().push_to_hub(repo_id, **kwargs)
 
 
+def _is_nameable(config) -> bool:
+    return bool(config.base_checkpoint or (config.text_checkpoint and config.vision_checkpoint))
+
+
 def _can_be_light(model) -> bool:
-    config = model.config
-    trained = any(p.requires_grad for n, p in model.named_parameters() if _base_name(n) == n)
-    return not trained and bool(config.base_checkpoint or (config.text_checkpoint and config.vision_checkpoint))
+    """Whether the base's weights are those of the checkpoints it names: frozen, that is."""
+    trained = any(p.requires_grad for n, p in model.named_parameters() if _base_name(n) is not None)
+    return _is_nameable(model.config) and not trained
 
 
 def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=None, **overrides):

@@ -219,6 +219,8 @@ def test_two_adapters_through_pretrained_model(folder, trained, expected, tmp_pa
     assert model.active_adapters() == ["other"]
     other = logits(model)
     assert not torch.equal(other, expected)
+    model.save_pretrained(tmp_path / "while-other-is-active", full=False)
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "while-other-is-active")), expected)
     model.set_adapter("mma")
     assert torch.equal(logits(model), expected)
     model.disable_adapters()
