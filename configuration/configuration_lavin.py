@@ -60,9 +60,9 @@ class LavinConfig(PreTrainedConfig):
     projector_hidden_size: int = 128
     vision_feature_layers: list[int] | None = None
     image_token_id: int | None = None
-    text_checkpoint: dict | None = None
-    vision_checkpoint: dict | None = None
-    base_checkpoint: dict | None = None
+    text_checkpoint: dict | str | None = None
+    vision_checkpoint: dict | str | None = None
+    base_checkpoint: dict | str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -72,9 +72,14 @@ class LavinConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.vision_feature_layers is None:
             self.vision_feature_layers = default_vision_feature_layers(self.vision_config.num_hidden_layers)
+        if not isinstance(self.vision_feature_layers, list | tuple):
+            raise ValueError(f"`vision_feature_layers` must be a list of blocks, got {self.vision_feature_layers!r}.")
         self.vision_feature_layers = list(self.vision_feature_layers)
         if self.image_token_id is None:
-            self.image_token_id = self.text_config.vocab_size
+            self.image_token_id = getattr(self.text_config, "vocab_size", 0)
+        for kind in CHECKPOINTS:
+            if isinstance(name := getattr(self, kind), str):
+                setattr(self, kind, {"name": name, "revision": None})
         self._check_ranges()
         super().__post_init__(**kwargs)
 
@@ -84,6 +89,13 @@ class LavinConfig(PreTrainedConfig):
         return len(self.vision_feature_layers)
 
     def _check_ranges(self):
+        if not hasattr(self.vision_config, "image_size"):
+            raise ValueError(f"`vision_config` must be of a vision tower, got a {self.vision_config.model_type}.")
+        if not hasattr(self.text_config, "vocab_size"):
+            raise ValueError(f"`text_config` must be of a language model, got a {self.text_config.model_type}.")
+        for name in ("projector_hidden_size", "image_token_id"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"`{name}` must be a whole number, got {getattr(self, name)!r}.")
         depth = self.vision_config.num_hidden_layers
         taps = self.vision_feature_layers
         if not taps or any(not 1 <= tap <= depth for tap in taps) or sorted(set(taps)) != taps:
@@ -96,6 +108,7 @@ class LavinConfig(PreTrainedConfig):
             raise ValueError(f"`image_token_id` must be 0 or more, got {self.image_token_id}.")
 
 
+CHECKPOINTS = ("text_checkpoint", "vision_checkpoint", "base_checkpoint")
 VIT_L_14 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,

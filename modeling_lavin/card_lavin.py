@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+import yaml
 from peft import inject_adapter_in_model
 from transformers.utils import cached_file
 
@@ -13,61 +14,57 @@ from .tuner_lavin import MMAConfig
 
 
 BEGIN, END = "<!-- lavin:facts -->", "<!-- /lavin:facts -->"
-HEADER = "---\n{metadata}\n---\n"
 
 
 def write_card(model, folder):
     """
-    Writes `README.md`. The text between the two marks and the metadata are made from the model; what the user wrote
-    around them stays. A README of somebody else is left alone, unless a trainer generated it.
+    Writes `README.md`. The text between the two marks and a few fields of the metadata are made from the model; what
+    the user wrote around them stays. A README of somebody else is left alone, unless a trainer generated it.
     """
     target = Path(folder, "README.md")
-    old = target.read_text() if target.is_file() else None
+    old = target.read_text(encoding="utf-8") if target.is_file() else None
     if old is not None and BEGIN not in old and "generated_from_trainer" not in old:
         return
-    body = _body(old if old and BEGIN in old else _template(model))
+    metadata, body = _split(old if old and BEGIN in old else _template(model))
     facts = f"{BEGIN}\n{_facts(model)}\n{END}"
     body = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: facts, body, flags=re.S)
-    target.write_text(HEADER.format(metadata=_metadata(model)) + body)
+    front = yaml.safe_dump(_metadata(model, metadata), sort_keys=False, allow_unicode=True)
+    target.write_text(f"---\n{front}---\n{body}", encoding="utf-8")
 
 
 def _template(model) -> str:
-    beside = Path(__file__).with_name("model_card.md")
-    if beside.is_file():
-        return beside.read_text()
-    source = getattr(model.config, "_name_or_path", "")
-    if source:
-        found = os.path.join(source, "README.md") if os.path.isdir(source) else None
-        if found is None:
-            try:
-                found = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False)
-            except OSError:
-                found = None
-        if found and os.path.isfile(found) and BEGIN in Path(found).read_text():
-            return Path(found).read_text()
+    """The card of the folder the model came from, or the package's template."""
+    source, hub = getattr(model, "source", ("", {}))
+    found = os.path.join(source, "README.md") if source and os.path.isdir(source) else None
+    if source and found is None:
+        try:
+            found = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False, **hub)
+        except OSError:  # out of reach now: the template will do
+            found = None
+    for path in (found, Path(__file__).with_name("model_card.md")):
+        if path is not None and os.path.isfile(path):
+            text = Path(path).read_text(encoding="utf-8")
+            if BEGIN in text:
+                return text
     return f"\n# LaVIN\n\n{BEGIN}\n{END}\n"
 
 
-def _body(text: str) -> str:
-    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)
+def _split(text: str) -> tuple[dict, str]:
+    """Metadata and body of a card."""
+    match = re.match(r"---\n(.*?)\n---\n(.*)", text, flags=re.S)
+    return (yaml.safe_load(match[1]) or {}, match[2]) if match else ({}, text)
 
 
-def _bases(config) -> list[str]:
-    sources = (
-        [config.base_checkpoint] if config.base_checkpoint else [config.text_checkpoint, config.vision_checkpoint]
-    )
-    return [source if isinstance(source, str) else source["name"] for source in sources if source]
-
-
-def _metadata(model) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: image-text-to-text", "license: apache-2.0"]
+def _metadata(model, old: dict) -> dict:
+    config = model.config
+    pair = [config.text_checkpoint, config.vision_checkpoint]
+    names = [source["name"] for source in ([config.base_checkpoint] if config.base_checkpoint else pair) if source]
     # The Hub refuses a card whose base_model is a local path.
-    names = [
-        name for name in _bases(model.config) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name)
-    ]
-    if names:
-        lines += ["base_model:", *(f"- {name}" for name in names)]
-    return "\n".join([*lines, "tags:", "- lavin", "- mma", "- peft"])
+    names = [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name)]
+    new = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": "apache-2.0", **old}
+    new["tags"] = list(dict.fromkeys([*old.get("tags", []), "lavin", "mma", "peft"]))
+    new.pop("base_model", None)
+    return {**new, "base_model": names} if names else new
 
 
 def _facts(model) -> str:
@@ -75,7 +72,6 @@ def _facts(model) -> str:
     rows = []
     for kind in ("vision", "text", "base"):
         source = getattr(config, f"{kind}_checkpoint")
-        source = {"name": source} if isinstance(source, str) else source
         tower = getattr(config, f"{kind}_config", None)
         name = "weights in this repository" if source is None else os.path.basename(source["name"].rstrip("/"))
         if source is not None and not os.path.isabs(source["name"]):

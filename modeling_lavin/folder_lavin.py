@@ -17,12 +17,12 @@ from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import cached_file, logging
 
 from .card_lavin import write_card
-from .configuration_lavin import LavinConfig
-from .towers_lavin import named_base, read_towers, tower_config
+from .configuration_lavin import CHECKPOINTS, LavinConfig, vision_part
+from .towers_lavin import has_tokenizer, named_base, read_towers, tower_config
 from .tuner_lavin import MMAConfig, lift_to_float32
 
 
@@ -76,12 +76,23 @@ class LavinFolderMixin:
         name = pretrained_model_name_or_path
         if name is None:
             return super().from_pretrained(None, *model_args, **kwargs)
+        if kwargs.pop("subfolder", None):
+            raise ValueError("A LaVIN folder is a whole repository: pass its own path or name, not a `subfolder`.")
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         config = kwargs.pop("config", None)
-        if not isinstance(config, LavinConfig) and getattr(config, "model_type", None) != LavinConfig.model_type:
+        if getattr(config, "model_type", None) != LavinConfig.model_type:  # another import's LavinConfig will do
+            found = LavinConfig.get_config_dict(name, **hub)[0].get("model_type")
+            if found != LavinConfig.model_type:
+                raise ValueError(
+                    f"{name} is no LaVIN (its type is {found}). `from_vision_text_pretrained(vision, text)` makes one "
+                    "from a vision tower and a language model."
+                )
             config, kwargs = cls.config_class.from_pretrained(name, return_unused_kwargs=True, **{**kwargs, **hub})
             kwargs.update(hub)
         config = copy.deepcopy(config)
+        for kind in CHECKPOINTS:  # the Auto classes set such arguments on the config as they are
+            source = kwargs.pop(kind, getattr(config, kind))
+            setattr(config, kind, {"name": source, "revision": None} if isinstance(source, str) else source)
         with_info = kwargs.pop("output_loading_info", False)
         full = any(_find(name, file, hub) for file in BASE_WEIGHTS)
         if full:
@@ -95,11 +106,12 @@ class LavinFolderMixin:
             model, info = super().from_pretrained(
                 None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **plain
             )
+        _check_complete(info, name)
         if not full:
-            _check_complete(info, name)
             if _find(name, "generation_config.json", hub) and model.can_generate():
                 model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._is_full_folder = full
+        model.source = (str(name), hub)
         model.config._name_or_path = model.name_or_path = str(name)
         model.requires_grad_(False)
 
@@ -176,8 +188,13 @@ class LavinFolderMixin:
         repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
         upload = {key: kwargs.pop(key) for key in ("private", "commit_message") if key in kwargs}
         check_output_folder(save_directory)
-        adapters = [name for name, c in getattr(self, "peft_config", {}).items() if c.peft_type.value == "MMA"]
-        config = self.config
+        adapters, config = getattr(self, "peft_config", {}), self.config
+        others = [f"{name} ({adapter.peft_type.value})" for name, adapter in adapters.items() if not _is_mma(adapter)]
+        if others:
+            raise ValueError(
+                f"A LaVIN folder holds MMA adapters only, and this model has {', '.join(others)}: save "
+                "that with PEFT (`PeftModel.save_pretrained`), or delete it first."
+            )
         if full is None:
             full = not adapters or not _can_be_light(self) or getattr(self, "_is_full_folder", False)
         elif not full and not _is_nameable(config):
@@ -186,6 +203,7 @@ class LavinFolderMixin:
                 "pair or a saved folder. Save it with `full=True`."
             )
         if is_main_process:
+            _check_nothing_stale(save_directory, config, full, adapters)
             os.makedirs(save_directory, exist_ok=True)
         if full:
             self._save_base(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
@@ -213,45 +231,69 @@ class LavinFolderMixin:
             self._upload(save_directory, repo_id, token=token, **upload)
 
     def push_to_hub(
-        self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token=None, **kwargs
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token=None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        full: bool | None = None,
+        max_shard_size="5GB",
     ):
         """
         Uploads what [`~LavinFolderMixin.save_pretrained`] writes, the card included. A light folder that names
         checkpoints on this machine is refused.
         """
+        upload = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            return self._upload(folder, repo_id, token=token, commit_message=commit_message, private=private)
+            self.save_pretrained(folder, full=full, max_shard_size=max_shard_size)
+            return self._upload(folder, repo_id, token=token, private=private, **upload)
 
-    def _upload(self, folder, repo_id, token=None, commit_message=None, private=None):
+    def _upload(self, folder, repo_id, token=None, private=None, commit_message=None, **upload):
         check_pushable(folder)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+        # Nothing else that may lie in the folder.
+        mine = ["config.json", "generation_config.json", "README.md", "*_lavin.py", *PROCESSOR_FILES, *BASE_WEIGHTS]
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message or "Upload LaVIN",
-            ignore_patterns=["checkpoint-*"],
+            allow_patterns=[*mine, "model-*.safetensors", f"*/{ADAPTER_CONFIG}", f"*/{ADAPTER_WEIGHTS}"],
+            ignore_patterns=["checkpoint-*/*"],
+            **upload,
         )
 
     def _save_base(self, save_directory, state_dict=None, **kwargs):
         """transformers' own saving, of the model as it is without adapters."""
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is not None:
+            state_dict, _ = quantizer.get_state_dict_and_metadata(self)
         state_dict = self.state_dict() if state_dict is None else state_dict
         state_dict = {key.removeprefix(BASE_KEY): value for key, value in state_dict.items()}
         state_dict = {_base_name(key): value for key, value in state_dict.items() if _base_name(key) is not None}
         loaded, self._hf_peft_config_loaded = getattr(self, "_hf_peft_config_loaded", False), False
+        if quantizer is not None:
+            self.hf_quantizer = None  # transformers would ask it again, for the names with wrappers
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             self._hf_peft_config_loaded = loaded
+            if quantizer is not None:
+                self.hf_quantizer = quantizer
 
     def _write_config(self, save_directory, full: bool):
         config = copy.deepcopy(self.config)
         config.auto_map = dict(AUTO_MAP)
+        for tower in (config.vision_config, config.text_config):
+            tower._name_or_path = ""  # a path of this machine, maybe; `*_checkpoint` names the source
         config.architectures = ["LavinForConditionalGeneration"]
         config.dtype = str(self.get_input_embeddings().weight.dtype).removeprefix("torch.")
-        if full:
+        if full:  # it needs no other checkpoint; where they are on the Hub, the card names them
             config.base_checkpoint = None
+            if local_checkpoints(config):
+                config.text_checkpoint = config.vision_checkpoint = None
         if hasattr(config, "quantization_config") and not full:
             del config.quantization_config
         config.save_pretrained(save_directory)
@@ -271,16 +313,16 @@ class LavinFolderMixin:
 
     def _carry_processor(self, save_directory):
         """A folder is complete: the processor of the folder this model came from goes along."""
-        source = self.config._name_or_path
-        if (
-            not source
-            or Path(save_directory, PROCESSOR_FILES[0]).exists()
-            or not _find(source, PROCESSOR_FILES[0], {})
-        ):
-            return
-        for name in PROCESSOR_FILES:
-            if file := _find(source, name, {}):
-                Path(save_directory, name).write_bytes(Path(file).read_bytes())
+        source, hub = getattr(self, "source", ("", {}))
+        first = PROCESSOR_FILES[0]
+        try:
+            if not source or Path(save_directory, first).exists() or not _find(source, first, hub):
+                return
+            for name in PROCESSOR_FILES:
+                if file := _find(source, name, hub):
+                    Path(save_directory, name).write_bytes(Path(file).read_bytes())
+        except OSError as error:
+            logger.warning(f"The processor of {source} cannot be reached and is not in {save_directory}: {error}")
 
     def load_adapter(
         self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None,
@@ -291,6 +333,8 @@ class LavinFolderMixin:
         `mma/` of a folder or Hub repository, or in `adapter_kwargs={"subfolder": ...}`; other types load as in
         transformers.
         """
+        if peft_model_id is None and (peft_config is None or adapter_state_dict is None):
+            raise ValueError("Pass a folder or a Hub name, or both `peft_config` and `adapter_state_dict`.")
         adapter_name = adapter_name or ADAPTER_NAME
         hub = {**{key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}, **(adapter_kwargs or {})}
         if peft_config is None:
@@ -317,11 +361,14 @@ class LavinFolderMixin:
         if adapter_name in getattr(self, "peft_config", {}):
             raise ValueError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
         peft_config.inference_mode = not is_trainable
+        before = next((module.active_name for module in self.modules() if hasattr(module, "adapter_down")), None)
         inject_adapter_in_model(peft_config, self, adapter_name)
         self._hf_peft_config_loaded = True
         try:
             set_adapter_weights(self, adapter_state_dict, adapter_name)
         except ValueError:
+            if before is not None:
+                self.set_adapter(before)
             self.delete_adapter(adapter_name)
             raise
         self.set_adapter(adapter_name)
@@ -335,6 +382,14 @@ class LavinFolderMixin:
         for module in self.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module.enable_adapters(True)
+        self._freeze_inference_adapters()
+
+    def set_adapter(self, adapter_name):
+        """As in transformers; an adapter loaded for inference stays frozen."""
+        super().set_adapter(adapter_name)
+        self._freeze_inference_adapters()
+
+    def _freeze_inference_adapters(self):
         for name, config in self.peft_config.items():
             if config.inference_mode:
                 _freeze_adapter(self, name)
@@ -364,6 +419,10 @@ class LavinPeftModel(PeftModel):
         return self.get_base_model().push_to_hub(repo_id, **kwargs)
 
 
+def _is_mma(adapter) -> bool:
+    return adapter.peft_type.value == "MMA"
+
+
 def _is_nameable(config) -> bool:
     return bool(config.base_checkpoint or (config.text_checkpoint and config.vision_checkpoint))
 
@@ -387,15 +446,19 @@ def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=N
     hub = {key: value for key, value in (hub or {}).items() if key != "revision"}
     vision_config, vision_checkpoint = tower_config(vision, vision_revision, hub)
     text_config, text_checkpoint = tower_config(text, text_revision, hub)
+    if not hasattr(vision_part(vision_config), "image_size"):
+        raise ValueError(
+            f"{vision} is no vision tower (its type is {vision_config.model_type}): name a CLIP or SigLIP."
+        )
+    if type(text_config.get_text_config(decoder=True)) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{text} is no language model (its type is {text_config.model_type}): name a causal one.")
     tokenizer = None
-    try:
+    if has_tokenizer(text, text_revision, hub):
         processor = LavinProcessor.from_vision_text_pretrained(
             vision, text, vision_revision=vision_revision, text_revision=text_revision, **hub
         )
         tokenizer = processor.tokenizer
         overrides.setdefault("image_token_id", processor.image_token_id)
-    except (OSError, ValueError) as error:  # no tokenizer there: the first id after the vocabulary
-        logger.info(f"{text} has no usable tokenizer ({error}): `image_token_id` is its vocabulary size.")
     config = LavinConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -429,6 +492,25 @@ def check_output_folder(folder):
         raise ValueError(f"The output folder {folder} holds another model (see {config}): name an empty folder.")
 
 
+def _check_nothing_stale(folder, config, full: bool, adapters):
+    """
+    Raises:
+        `ValueError`: if the folder holds weights that would be loaded in place of what is saved now.
+    """
+    held = [file for file in BASE_WEIGHTS if Path(folder, file).exists()]
+    own = config.base_checkpoint and os.path.abspath(folder) == config.base_checkpoint["name"]
+    if held and not full and not own:
+        raise ValueError(
+            f"{folder} holds base weights ({held[0]}), which would be loaded instead of this light folder's base. "
+            "Name another folder, or save with `full=True`."
+        )
+    if not adapters and Path(folder, ADAPTER_NAME, ADAPTER_WEIGHTS).exists():
+        raise ValueError(
+            f"{folder} holds an adapter ({ADAPTER_NAME}/), which would be loaded with this model that has none. Name "
+            f"another folder, or remove {ADAPTER_NAME}/ there."
+        )
+
+
 def check_pushable(folder):
     """
     Raises:
@@ -450,7 +532,7 @@ def local_checkpoints(config: LavinConfig) -> list[str]:
     """The checkpoints a light folder would load from this machine's disk."""
     pair = [config.text_checkpoint, config.vision_checkpoint]
     sources = [config.base_checkpoint] if config.base_checkpoint else pair
-    names = [source if isinstance(source, str) else source["name"] for source in sources if source]
+    names = [source["name"] for source in sources if source]
     return [name for name in names if os.path.isabs(name) or os.path.isdir(name)]
 
 
@@ -458,6 +540,8 @@ def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: s
     """Sets an adapter's weights, float32 whatever the base's dtype, after comparing names and shapes."""
     lift_to_float32(model, adapter_name)
     weights = {key.removeprefix(BASE_KEY): value for key, value in weights.items()}
+    if model.base_model_prefix and not hasattr(model, model.base_model_prefix):  # a LavinModel without its head
+        weights = {key.removeprefix(f"{model.base_model_prefix}."): value for key, value in weights.items()}
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
     shapes = {key.removeprefix(BASE_KEY): tuple(value.shape) for key, value in expected.items()}
     problems = [f"missing: {key}" for key in shapes if key not in weights]

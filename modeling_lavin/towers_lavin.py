@@ -29,6 +29,15 @@ def named_base(name, revision: str | None, hub: dict) -> dict:
     return {"name": str(name), "revision": extract_commit_hash(file, None) or revision}
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def has_tokenizer(name, revision: str | None, hub: dict) -> bool:
+    """Whether the checkpoint has a tokenizer; without its files transformers makes an empty one of some types."""
+    where = {**hub, "revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
+    return any(cached_file(name, file, **where) for file in TOKENIZER_FILES)
+
+
 def tower_config(name, revision: str | None, hub: dict):
     """A tower's configuration, and how to name its checkpoint."""
     config = AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
@@ -59,7 +68,6 @@ def _read_checkpoint(source, kind: str, name, hub: dict) -> dict[str, torch.Tens
             f"{name} holds no weights and names no {kind} checkpoint: pass `{kind}_checkpoint={{'name': ..., "
             "'revision': None}` to `from_pretrained`."
         )
-    source = {"name": source, "revision": None} if isinstance(source, str) else source
     try:
         files = _weight_files(source["name"], {**hub, "revision": source.get("revision") or "main"})
     except OSError as error:
@@ -74,7 +82,7 @@ def _read_checkpoint(source, kind: str, name, hub: dict) -> dict[str, torch.Tens
             with safe_open(file, framework="pt") as handle:
                 tensors.update({key: handle.get_tensor(key) for key in handle.keys()})
         else:
-            tensors.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+            tensors.update(torch.load(file, map_location="cpu", weights_only=True))
     return tensors
 
 

@@ -169,6 +169,7 @@ class MMARouting:
         versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         # The embedding is a wrapper of `modules_to_save` with a choice of its own, once there is an adapter.
         choice = [(layer.disable_adapters, layer.active_adapters) for layer in self.layers]
+        choice += [(c.scale, c.router_temperature) for layer in self.layers for c in layer.adapter_config.values()]
         choice.append((getattr(embedding, "_disable_adapters", None), getattr(embedding, "active_adapters", None)))
         return versions, choice
 

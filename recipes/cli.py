@@ -19,9 +19,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     arguments = vars(build_parser().parse_args(argv))
     command = arguments.pop("command")
+    from safetensors import SafetensorError
+
     try:
         COMMANDS[command](**arguments)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         print(f"lavin {command}: error: {error}", file=sys.stderr)
         return 2
     return 0

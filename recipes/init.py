@@ -5,14 +5,12 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.utils import cached_file
 
-from lavin import LavinConfig, LavinForConditionalGeneration, LavinProcessor
+from lavin import LavinConfig, LavinForConditionalGeneration, LavinProcessor, MMAConfig
 from lavin.configuration_lavin import vision_part
 from lavin.folder_lavin import ADAPTER_NAME, BASE_WEIGHTS, check_output_folder, config_of_pair
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+from lavin.towers_lavin import TOKENIZER_FILES, has_tokenizer
+from lavin.tuner_lavin import default_target_modules
 
 
 def init_folder(
@@ -59,6 +57,7 @@ def init_folder(
             f"{text} has no tokenizer ({', '.join(TOKENIZER_FILES)}), which the processor needs: add one."
         )
     model = load_pair(config, hub) if full else meta_model(config, generation_config)
+    default_target_modules(model.model, MMAConfig())  # before anything is written: are there modules to adapt?
     write_folder(model, processor, output, full)
     return Path(output)
 
@@ -139,8 +138,7 @@ def _one_line(error: Exception) -> str:
 def pair_processor(config: LavinConfig, preprocessing: str, hub: dict) -> LavinProcessor | None:
     """The processor of a configuration's two checkpoints; None where the language model has no tokenizer."""
     vision, text = config.vision_checkpoint, config.text_checkpoint
-    where = {"revision": text["revision"] or "main", "_raise_exceptions_for_missing_entries": False, **hub}
-    if not any(cached_file(text["name"], file, **where) for file in TOKENIZER_FILES):
+    if not has_tokenizer(text["name"], text["revision"], hub):
         return None
     return LavinProcessor.from_vision_text_pretrained(
         vision["name"],

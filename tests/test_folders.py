@@ -10,21 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    CLIPConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipConfig,
 )
 
-from lavin import LavinForConditionalGeneration, LavinPeftModel, LavinProcessor, MMAConfig
+from lavin import LavinConfig, LavinForConditionalGeneration, LavinPeftModel, LavinProcessor, MMAConfig
 from lavin.folder_lavin import AUTO_MAP
 
 
@@ -209,7 +216,7 @@ def test_dtype_acts_on_the_base_and_what_is_trained_stays_float32(folder):
     assert {p.dtype for n, p in frozen.named_parameters() if ".mma." in n} == {torch.float32}
 
 
-def test_two_adapters_through_pretrained_model(folder, trained, expected, tmp_path):
+def test_two_adapters_through_pretrained_model(folder, pair, expected, tmp_path):
     model = AutoModel.from_pretrained(folder)
     weights = load_file(folder / "mma" / "adapter_model.safetensors")
     (tmp_path / "other").mkdir()
@@ -225,7 +232,7 @@ def test_two_adapters_through_pretrained_model(folder, trained, expected, tmp_pa
     assert torch.equal(logits(model), expected)
     model.disable_adapters()
     base = logits(model)
-    plain = LlamaForCausalLM.from_pretrained(model.config.text_checkpoint["name"])
+    plain = LlamaForCausalLM.from_pretrained(pair / "text")
     assert torch.equal(base, logits(plain))
     model.enable_adapters()
     assert torch.equal(logits(model), expected)
@@ -303,9 +310,11 @@ def test_card_has_the_models_numbers_and_keeps_what_the_user_wrote(trained, tmp_
     count = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     assert f"| Trainable parameters | {count:,} |" in card and "```bibtex" in card and "How to load" in card
     assert "base_model" not in card.split("---")[1], "the Hub refuses local paths there"
-    (tmp_path / "README.md").write_text(card.replace("## How to load", "## My own words\n\n## How to load"))
+    card = card.replace("## How to load", "## My own words\n\n## How to load")
+    (tmp_path / "README.md").write_text(card.replace("license: apache-2.0", "license: llama2\nlanguage: en"))
     trained.save_pretrained(tmp_path)
-    assert "## My own words" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "## My own words" in card and "license: llama2" in card and "language: en" in card
 
 
 def test_old_adapter_survives_a_save_that_dies(trained, expected, tmp_path, monkeypatch):
@@ -316,8 +325,115 @@ def test_old_adapter_survives_a_save_that_dies(trained, expected, tmp_path, monk
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), expected)
 
 
-def test_seven_billion_adapter_repo_is_about_15_mb():
-    assert 14e6 < 3_781_296 * 4 < 16e6
+def test_seven_billion_adapter_is_about_15_mb(tmp_path):
+    seven = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008}
+    with torch.device("meta"):
+        model = LavinForConditionalGeneration(LavinConfig(text_config=LlamaConfig(vocab_size=32000, **seven)))
+        inject_adapter_in_model(MMAConfig(), model, "mma")
+    state = {n: torch.zeros(p.shape) if ".mma." in n else p for n, p in model.state_dict().items()}
+    model._save_adapter(tmp_path / "mma", "mma", state)
+    size = sum(path.stat().st_size for path in (tmp_path / "mma").iterdir())
+    assert 15e6 < size < 15.5e6
+
+
+def test_stale_weights_in_the_output_folder_are_refused(trained, pair, tmp_path):
+    model = LavinForConditionalGeneration.from_vision_text_pretrained(pair / "vision", pair / "text")
+    model.save_pretrained(tmp_path / "full")
+    with pytest.raises(ValueError, match="holds base weights"):
+        trained.save_pretrained(tmp_path / "full")
+    trained.save_pretrained(tmp_path / "light")
+    with pytest.raises(ValueError, match="holds an adapter"):
+        model.save_pretrained(tmp_path / "light")
+
+
+def test_a_failed_adapter_leaves_the_first_one_alone(folder, expected, tmp_path):
+    model = AutoModel.from_pretrained(folder)
+    shutil.copytree(folder / "mma", tmp_path / "bad")
+    weights = load_file(tmp_path / "bad" / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[1:]), tmp_path / "bad" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="missing: "):
+        model.load_adapter(tmp_path / "bad", adapter_name="bad")
+    assert list(model.peft_config) == ["mma"]
+    assert torch.equal(logits(model), expected)
+
+
+def test_set_adapter_does_not_make_an_inference_model_trainable(folder):
+    model = AutoModel.from_pretrained(folder)
+    model.set_adapter("mma")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_wrong_kinds_are_named(pair, folder, tmp_path):
+    with pytest.raises(ValueError, match="is no LaVIN"):
+        LavinForConditionalGeneration.from_pretrained(pair / "text")
+    with pytest.raises(ValueError, match="no language model"):
+        LavinForConditionalGeneration.from_vision_text_pretrained(pair / "vision", pair / "vision")
+    with pytest.raises(ValueError, match="no vision tower"):
+        LavinForConditionalGeneration.from_vision_text_pretrained(pair / "text", pair / "text")
+    with pytest.raises(ValueError, match="subfolder"):
+        LavinForConditionalGeneration.from_pretrained(folder, subfolder="mma")
+    model = AutoModel.from_pretrained(folder)
+    model.delete_adapter("mma")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
+    with pytest.raises(ValueError, match="MMA adapters only.*lora"):
+        model.save_pretrained(tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_full_folder_with_a_missing_tensor_is_refused(pair, tmp_path):
+    model = LavinForConditionalGeneration.from_vision_text_pretrained(pair / "vision", pair / "text")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("model.language_model.layers.0.self_attn.q_proj.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lack weights.*q_proj"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_full_folder_names_no_folder_of_this_machine(trained, pair, tmp_path):
+    trained.get_base_model().save_pretrained(tmp_path, full=True)
+    assert str(pair) not in (tmp_path / "config.json").read_text()
+
+
+TEXTS = {
+    "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gpt2": GPT2Config,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", ["whole", "sharded", "bin"])
+def test_text_checkpoints_of_every_family_from_disk(pair, tmp_path, text, tied, kind):
+    sizes = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    sizes |= {"n_embd": 32} if text == "gpt2" else {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+    sizes |= {} if text == "gpt2" else {"num_key_value_heads": 1}
+    plain = AutoModelForCausalLM.from_config(TEXTS[text](tie_word_embeddings=tied, **sizes)).eval()
+    plain.save_pretrained(tmp_path, max_shard_size="20KB" if kind == "sharded" else "1GB")
+    if kind == "bin":
+        tensors = {key: value for key, value in plain.state_dict().items() if not (tied and key == "lm_head.weight")}
+        torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+        (tmp_path / "model.safetensors").unlink()
+    model = LavinForConditionalGeneration.from_vision_text_pretrained(pair / "vision", tmp_path)
+    assert model.config.image_token_id == 64
+    assert torch.equal(logits(model), logits(plain))
+    assert model.lm_head.weight.shape == plain.lm_head.weight.shape
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_vision_checkpoints_from_disk(pair, tmp_path, kind, whole):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    vision = {"image_size": 28, "patch_size": 14, **sizes}
+    config = {"clip": CLIPConfig, "siglip": SiglipConfig}[kind](vision_config=vision, text_config=sizes)
+    torch.manual_seed(1)
+    source = AutoModel.from_config(config if whole else config.vision_config)
+    source.save_pretrained(tmp_path)
+    model = LavinForConditionalGeneration.from_vision_text_pretrained(tmp_path, pair / "text")
+    tower = source.vision_model if whole else source
+    assert all(torch.equal(value, model.model.vision_tower.state_dict()[key.removeprefix("vision_model.")])
+               if key.removeprefix("vision_model.") in model.model.vision_tower.state_dict()
+               else torch.equal(value, model.model.vision_tower.state_dict()[f"vision_model.{key}"])
+               for key, value in tower.state_dict().items())  # fmt: skip
 
 
 @pytest.fixture(scope="module")
