@@ -560,6 +560,8 @@ def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: s
 
 
 def _trainable_config(mma: dict, stored: MMAConfig | None, name) -> MMAConfig:
+    if not isinstance(mma, dict):
+        raise ValueError(f"`mma` must be a dict of MMAConfig's fields, {{}} for its defaults; got {mma!r}.")
     known = set(MMAConfig.__dataclass_fields__)
     if unknown := sorted(set(mma) - known):
         raise ValueError(f"`mma` has no field {', '.join(unknown)}; it knows {', '.join(sorted(known))}.")

@@ -247,10 +247,15 @@ class LavinModel(LavinPreTrainedModel):
         """
         Expert weights of every adapted module of the language model, `(layers, 2 modalities, 2 experts)`: one forward
         of the language model on the two modality embeddings, each a sequence of length one.
+
+        Raises:
+            `ValueError`: if no MMA adapter is active there.
         """
         embedding = self.get_input_embeddings().weight
         ids = torch.arange(2, device=embedding.device)
         routing = self.routing
+        if not routing.active_layers():
+            raise ValueError("No MMA adapter is active in the language model: there is no routing.")
         routing.collected = {}
         try:
             self.language_model(
@@ -288,6 +293,10 @@ class LavinModel(LavinPreTrainedModel):
         """Each row's modality, `(batch_size,)`: the cache's, or what the caller states, or whether it has an image."""
         cached = cached_modality(cache, batch_size, device)
         stated = modality_ids if modality_ids is not None else has_image
+        if stated is not None and tuple(stated.shape) != (batch_size,):
+            raise ValueError(
+                f"`modality_ids` must be of shape ({batch_size},), one per row; got {tuple(stated.shape)}."
+            )
         if stated is None:
             return torch.zeros(batch_size, dtype=torch.long, device=device) if cached is None else cached
         stated = stated.to(device, torch.long)
@@ -513,6 +522,7 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)  # it has no row in the head
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return LavinCausalLMOutputWithPast(
             loss=loss,

@@ -89,6 +89,16 @@ class MMAConfig(PeftConfig):
         self.modules_to_save = list(dict.fromkeys([*TRAINED_MODULES, *(self.modules_to_save or [])]))
         if isinstance(self.target_modules, set | tuple):
             self.target_modules = sorted(self.target_modules)
+        for name, kind in {
+            "r": int,
+            "groups": int,
+            "scale": float,
+            "router_temperature": float,
+            "dropout": float,
+        }.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, kind)):
+                raise ValueError(f"`{name}` must be a number of type {kind.__name__}, got {value!r}.")
         checks = {
             "r": (self.r >= 1, "at least 1"),
             "groups": (self.groups >= 1 and self.r % self.groups == 0, f"a divisor of r={self.r}"),

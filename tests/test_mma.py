@@ -595,3 +595,9 @@ def test_nothing_warns_in_ordinary_use():
         peft = tiny_peft()
         peft(**batch(peft.config, (1, 0)))
         peft.get_base_model().get_image_features(pixels())
+
+
+@pytest.mark.parametrize("wrong", [{"r": "8"}, {"r": True}, {"scale": None}, {"groups": 2.0}])
+def test_a_field_of_the_wrong_type_is_named(wrong):
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be a number"):
+        MMAConfig(**wrong)

@@ -742,3 +742,28 @@ def test_padded_rows_hold_no_surprise():
     peft = tiny_peft()
     ids = torch.tensor([[1, PAD, 7, 8]])
     assert difference(logits(peft, input_ids=ids)[0, :2], logits(peft, input_ids=ids[:, :2])[0]) < TOLERANCE
+
+
+def test_image_tokens_among_the_labels_are_no_targets():
+    model = tiny_lavin("llama2").eval()
+    ids, pixels = image_batch(model)
+    labels = ids.clone()
+    hidden = labels.masked_fill(labels == model.config.image_token_id, -100)
+    with torch.no_grad():
+        loss = model(input_ids=ids, pixel_values=pixels, labels=labels).loss
+        assert torch.equal(loss, model(input_ids=ids, pixel_values=pixels, labels=hidden).loss)
+
+
+def image_batch(model):
+    image = torch.full((1, model.config.num_image_tokens), model.config.image_token_id)
+    text = torch.tensor([[5, 6, 7, 8]])
+    size = model.config.vision_config.image_size
+    return torch.cat([text, image, text], dim=1), torch.rand(1, 3, size, size)
+
+
+def test_modality_ids_and_a_missing_table_are_explained():
+    model = tiny_lavin("llama2", adapter=False).eval()
+    with pytest.raises(ValueError, match="one per row"):
+        model(input_ids=torch.tensor([[5, 6]]), modality_ids=torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="No MMA adapter"):
+        model.routing_table()
