@@ -407,6 +407,10 @@ class LavinPeftModel(PeftModel):
     so that every checkpoint of `trl sft` loads through `AutoModel`.
     """
 
+    # TRL casts everything that is trained to bfloat16 where it sees one of these flags; in bfloat16 most of it would
+    # hardly move. (`is_quantized`, which Trainer asks for, stays what it is.)
+    is_loaded_in_4bit = is_loaded_in_8bit = False
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, full=None, **kwargs):
         full = False if full is None and _can_be_light(self.get_base_model()) else full
         kwargs = {key: value for key, value in kwargs.items() if key in ("push_to_hub", "repo_id", "token", "private")}

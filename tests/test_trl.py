@@ -185,7 +185,8 @@ def test_four_bit_base_trains_on_cpu(light, rows, tmp_path):
     )  # fmt: skip
     assert len(losses) == 3
     first, last = adapter(tmp_path / "run" / "checkpoint-1"), adapter(tmp_path / "run" / "checkpoint-3")
-    assert any(not torch.equal(first[key], last[key]) for key in first)
+    assert all(not torch.equal(first[key], last[key]) for key in first)
+    assert {value.dtype for value in last.values()} == {torch.float32}, "cast by TRL"
     AutoModel.from_pretrained(tmp_path / "run")
 
 
