@@ -1,6 +1,9 @@
 """Tiny random models, in one place. Their weights are large, so that every part of them matters to the output."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,11 +14,15 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
+    CLIPVisionModel,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
@@ -24,6 +31,7 @@ from transformers import (
 from lavin import LavinConfig, LavinForConditionalGeneration, MMAConfig
 
 
+STANDIN = Path(__file__).parents[2] / "shared" / "tools" / "hub_standin.py"
 VOCAB, PAD, BOS, EOS = 64, 0, 1, 2
 SHAPE = {
     "vocab_size": VOCAB,
@@ -155,6 +163,48 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def one_thread():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A tiny tower and a tiny Llama with its tokenizer, as folders."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["Question: what is this? Response: The answer is B. Image: N/A"] * 9, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "text")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=256, **sizes)
+    LlamaForCausalLM(text).save_pretrained(folder / "text")
+    sizes.update(hidden_size=16, num_hidden_layers=8)
+    CLIPVisionModel(CLIPVisionConfig(image_size=28, patch_size=14, **sizes)).save_pretrained(folder / "vision")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The stand-in of the Hub and an environment that reaches it with an empty cache."""
+    if not STANDIN.is_file():
+        pytest.skip("no stand-in of the Hub beside the checkout")
+    root = tmp_path_factory.mktemp("hub")
+    command = [sys.executable, STANDIN, "--port", "0", "--root", root, "--log", root / "requests.jsonl"]
+    server = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    port = server.stdout.readline().strip()
+    yield {
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_TOKEN": "hf_x",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    server.kill()
 
 
 # Python 3.10 gets no newer than transformers 5.20 and TRL 1.14, which cannot do these (README, "Limits").

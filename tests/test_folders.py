@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -20,13 +19,10 @@ from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
     CLIPConfig,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SiglipConfig,
@@ -36,7 +32,6 @@ from lavin import LavinConfig, LavinForConditionalGeneration, LavinPeftModel, La
 from lavin.folder_lavin import AUTO_MAP
 
 
-STANDIN = Path(__file__).parents[2] / "shared" / "tools" / "hub_standin.py"
 IDS = torch.tensor([[1, 5, 6, 7]])
 HUB_FILES = {
     "config.json",
@@ -47,29 +42,6 @@ HUB_FILES = {
     "README.md",
     *(f"{name}_lavin.py" for name in ("configuration", "modeling", "processing", "tuner", "folder", "card", "towers")),
 }
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A tiny tower and a tiny Llama with its tokenizer, as folders."""
-    folder = tmp_path_factory.mktemp("pair")
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    specials = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(["Question: what is this? Response: The answer is B. Image: N/A"] * 9, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder / "text")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=256, **sizes)
-    LlamaForCausalLM(text).save_pretrained(folder / "text")
-    sizes.update(hidden_size=16, num_hidden_layers=8)
-    CLIPVisionModel(CLIPVisionConfig(image_size=28, patch_size=14, **sizes)).save_pretrained(folder / "vision")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -435,25 +407,6 @@ def test_vision_checkpoints_from_disk(pair, tmp_path, kind, whole):
                if key.removeprefix("vision_model.") in model.model.vision_tower.state_dict()
                else torch.equal(value, model.model.vision_tower.state_dict()[f"vision_model.{key}"])
                for key, value in tower.state_dict().items())  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """The stand-in of the Hub and an environment that reaches it with an empty cache."""
-    if not STANDIN.is_file():
-        pytest.skip("no stand-in of the Hub beside the checkout")
-    root = tmp_path_factory.mktemp("hub")
-    command = [sys.executable, STANDIN, "--port", "0", "--root", root, "--log", root / "requests.jsonl"]
-    server = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
-    port = server.stdout.readline().strip()
-    yield {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-        "HF_TOKEN": "hf_x",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    server.kill()
 
 
 PUSH = """

@@ -14,7 +14,7 @@ from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
-from test_folders import PUSH, hub, pair, run  # noqa: F401 (fixtures)
+from test_folders import PUSH, run
 from transformers import AutoModel, AutoProcessor
 
 from lavin import LavinForConditionalGeneration, LavinProcessor
@@ -25,7 +25,7 @@ IDS = torch.tensor([[1, 5, 6, 7]])
 
 
 @pytest.fixture(scope="module")
-def light(pair, tmp_path_factory):  # noqa: F811
+def light(pair, tmp_path_factory):
     """A light folder, as `lavin init` writes it."""
     folder = tmp_path_factory.mktemp("light")
     vision, text = str(pair / "vision"), str(pair / "text")
@@ -54,7 +54,7 @@ def rows(tmp_path_factory):
     return file
 
 
-def sft(folder: Path, output: Path, rows: Path, accelerate: dict | None = None, env: dict | None = None, **settings):  # noqa: F811
+def sft(folder: Path, output: Path, rows: Path, accelerate: dict | None = None, env: dict | None = None, **settings):
     """Runs the real `trl sft` from a YAML and returns its log history."""
     config = {
         "model_name_or_path": str(folder),
@@ -190,7 +190,7 @@ def test_four_bit_base_trains_on_cpu(light, rows, tmp_path):
     AutoModel.from_pretrained(tmp_path / "run")
 
 
-def test_push_to_hub_of_trl_leaves_a_repo_that_loads(hub, pair, rows, tmp_path):  # noqa: F811
+def test_push_to_hub_of_trl_leaves_a_repo_that_loads(hub, pair, rows, tmp_path):
     run(PUSH, {"org/vision": str(pair / "vision"), "org/text": str(pair / "text")}, **hub)
     run(
         """
