@@ -107,9 +107,8 @@ class LavinFolderMixin:
                 None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **plain
             )
         _check_complete(info, name)
-        if not full:
-            if _find(name, "generation_config.json", hub) and model.can_generate():
-                model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+        if not full and model.can_generate() and _find(name, "generation_config.json", hub):
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._is_full_folder = full
         model.source = (str(name), hub)
         model.config._name_or_path = model.name_or_path = str(name)
@@ -219,8 +218,7 @@ class LavinFolderMixin:
         self._write_config(save_directory, full)
         for file in Path(__file__).parent.glob("*_lavin.py"):
             Path(save_directory, file.name).write_bytes(file.read_bytes())
-        active = next((module.active_name for module in self.modules() if hasattr(module, "adapter_down")), None)
-        main = ADAPTER_NAME if ADAPTER_NAME in adapters else active
+        main = ADAPTER_NAME if ADAPTER_NAME in adapters else _active_adapter(self)
         for adapter in adapters:
             # Each under its own name. Where none is named `mma`, the active one is what the folder loads.
             folder = ADAPTER_NAME if adapter == main else adapter
@@ -361,7 +359,7 @@ class LavinFolderMixin:
         if adapter_name in getattr(self, "peft_config", {}):
             raise ValueError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
         peft_config.inference_mode = not is_trainable
-        before = next((module.active_name for module in self.modules() if hasattr(module, "adapter_down")), None)
+        before = _active_adapter(self)
         inject_adapter_in_model(peft_config, self, adapter_name)
         self._hf_peft_config_loaded = True
         try:
@@ -373,7 +371,6 @@ class LavinFolderMixin:
             raise
         self.set_adapter(adapter_name)
         if not is_trainable:
-            _freeze_adapter(self, adapter_name)
             self.eval()
 
     def enable_adapters(self):
@@ -423,6 +420,10 @@ class LavinPeftModel(PeftModel):
         return self.get_base_model().push_to_hub(repo_id, **kwargs)
 
 
+def _active_adapter(model) -> str | None:
+    return next((module.active_name for module in model.modules() if hasattr(module, "adapter_down")), None)
+
+
 def _is_mma(adapter) -> bool:
     return adapter.peft_type.value == "MMA"
 
@@ -448,8 +449,8 @@ def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=N
     from .processing_lavin import LavinProcessor
 
     hub = {key: value for key, value in (hub or {}).items() if key != "revision"}
-    vision_config, vision_checkpoint = tower_config(vision, vision_revision, hub)
-    text_config, text_checkpoint = tower_config(text, text_revision, hub)
+    vision_config, vision_checkpoint = tower_config(vision, vision_revision, "vision", hub)
+    text_config, text_checkpoint = tower_config(text, text_revision, "text", hub)
     if not hasattr(vision_part(vision_config), "image_size"):
         raise ValueError(
             f"{vision} is no vision tower (its type is {vision_config.model_type}): name a CLIP or SigLIP."

@@ -38,10 +38,37 @@ def has_tokenizer(name, revision: str | None, hub: dict) -> bool:
     return any(cached_file(name, file, **where) for file in TOKENIZER_FILES)
 
 
-def tower_config(name, revision: str | None, hub: dict):
-    """A tower's configuration, and how to name its checkpoint."""
-    config = AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
+def tower_config(name, revision: str | None, kind: str, hub: dict):
+    """
+    A tower's configuration, and how to name its checkpoint.
+
+    Raises:
+        `OSError`: if the checkpoint cannot be reached.
+        `ValueError`: if transformers does not know its type. The message says which of the two, `kind`, it is.
+    """
+    name = os.fspath(name)
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise OSError(
+            f"The {kind} checkpoint {name} has no config.json: it is not in transformers' format. Convert it "
+            "first, or name one that is."
+        )
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
+    except OSError as error:
+        at = f" at revision {revision}" if revision else ""
+        raise OSError(
+            f"The {kind} checkpoint {name}{at} cannot be reached: {_one_line(error)} Check the name, the network "
+            "and, for a gated checkpoint, `hf auth login`; or name a folder with the checkpoint in it."
+        ) from error
+    except ValueError as error:  # a type that transformers does not know, or a config.json that is none
+        raise ValueError(
+            f"The {kind} checkpoint {name} is no model that transformers knows: {_one_line(error)}"
+        ) from error
     return config, named_base(name, revision, hub)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def read_towers(config: LavinConfig, name, hub: dict) -> dict[str, torch.Tensor]:

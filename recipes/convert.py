@@ -11,8 +11,8 @@ from peft import inject_adapter_in_model
 from transformers.utils import logging
 
 from lavin import MMAConfig
-from lavin.folder_lavin import ADAPTER_NAME
-from lavin.recipes.init import check_new_folder, load_pair, meta_model, pair_config, pair_processor, write_folder
+from lavin.folder_lavin import ADAPTER_NAME, config_of_pair
+from lavin.recipes.init import check_new_folder, load_pair, meta_model, pair_processor, write_folder
 from lavin.tuner_lavin import MLP_NAMES
 
 
@@ -98,12 +98,12 @@ def convert_checkpoint(
         vision_mlp=settings["visual_adapter_type"] == "router_block",
         vision_router=settings["visual_adapter_type"] != "normal",
     )
-    config, generation_config = pair_config(
+    config, generation_config = config_of_pair(
         vision_model,
         text_model,
         vision_revision,
         text_revision,
-        hub,
+        hub=hub,
         projector_hidden_size=settings["hidden_proj"],
         vision_feature_layers=vision_feature_layers,
     )

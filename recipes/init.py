@@ -4,10 +4,9 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from lavin import LavinConfig, LavinForConditionalGeneration, LavinProcessor, MMAConfig
-from lavin.configuration_lavin import vision_part
 from lavin.folder_lavin import ADAPTER_NAME, BASE_WEIGHTS, check_output_folder, config_of_pair
 from lavin.towers_lavin import TOKENIZER_FILES, has_tokenizer
 from lavin.tuner_lavin import default_target_modules
@@ -50,7 +49,8 @@ def init_folder(
     """
     check_new_folder(output)
     settings = {"projector_hidden_size": projector_hidden_size, "vision_feature_layers": vision_feature_layers}
-    config, generation_config = pair_config(vision, text, vision_revision, text_revision, hub, **settings)
+    settings = {key: value for key, value in settings.items() if value is not None}
+    config, generation_config = config_of_pair(vision, text, vision_revision, text_revision, hub=hub, **settings)
     processor = pair_processor(config, preprocessing, hub)
     if processor is None:
         raise ValueError(
@@ -86,53 +86,6 @@ def check_new_folder(folder):
         )
     if held := names & {ADAPTER_NAME, *BASE_WEIGHTS}:
         raise ValueError(f"The output folder {folder} is a LaVIN with weights ({', '.join(sorted(held))}). {way_out}")
-
-
-def pair_config(
-    vision, text, vision_revision, text_revision, hub, **overrides
-) -> tuple[LavinConfig, GenerationConfig]:
-    """
-    The configurations of a pair, model's and generation's, after a check that each checkpoint can be reached and is of
-    its kind.
-
-    Raises:
-        `OSError`, `ValueError`: see [`init_folder`].
-    """
-    vision, text = os.fspath(vision), os.fspath(text)
-    vision_config = vision_part(_reach(vision, vision_revision, "vision", hub))
-    if getattr(vision_config, "image_size", None) is None:
-        raise ValueError(
-            f"{vision} is no vision tower (a {vision_config.model_type} has no `image_size`): name a CLIP or SigLIP."
-        )
-    text_config = _reach(text, text_revision, "text", hub)
-    if type(text_config.get_text_config(decoder=True)) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"{text} is no language model (its type is {text_config.model_type}): name a causal one.")
-    overrides = {key: value for key, value in overrides.items() if value is not None}
-    return config_of_pair(vision, text, vision_revision, text_revision, hub=hub, **overrides)
-
-
-def _reach(name: str, revision: str | None, kind: str, hub: dict):
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise OSError(
-            f"The {kind} checkpoint {name} has no config.json: it is not in transformers' format. Convert it "
-            "first, or name one that is."
-        )
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
-    except OSError as error:
-        at = f" at revision {revision}" if revision else ""
-        raise OSError(
-            f"The {kind} checkpoint {name}{at} cannot be reached: {_one_line(error)} Check the name, the network "
-            "and, for a gated checkpoint, `hf auth login`; or name a folder with the checkpoint in it."
-        ) from error
-    except ValueError as error:  # a type that transformers does not know, or a config.json that is none
-        raise ValueError(
-            f"The {kind} checkpoint {name} is no model that transformers knows: {_one_line(error)}"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def pair_processor(config: LavinConfig, preprocessing: str, hub: dict) -> LavinProcessor | None:
