@@ -3,6 +3,10 @@
 import argparse
 import sys
 
+from lavin.recipes.data.cli import add_data_parser
+from lavin.recipes.evaluate.cli import add_eval_parser
+from lavin.recipes.train.cli import add_train_parser
+
 
 def main(argv: list[str] | None = None) -> int:
     """
@@ -17,12 +21,18 @@ def main(argv: list[str] | None = None) -> int:
 
         quickstart(argv[1:])
         return 0
-    arguments = vars(build_parser().parse_args(argv))
-    command = arguments.pop("command")
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(argv)
+    arguments = vars(options)
+    command, run = arguments.pop("command"), arguments.pop("run")
+    if command == "train":  # what `lavin train` does not know is for TRL
+        arguments["overrides"] = unknown
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     from safetensors import SafetensorError
 
     try:
-        COMMANDS[command](**arguments)
+        run(**arguments)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         print(f"lavin {command}: error: {error}", file=sys.stderr)
         return 2
@@ -39,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("--text", required=True, metavar="NAME", help="decoder-only language model: Hub name or folder")
     init.add_argument("--projector-hidden-size", type=int, metavar="N", help="128 by default")
     _folder_options(init)
+    init.set_defaults(run=run_init)
 
     convert = commands.add_parser("convert", help="read an adapter checkpoint of the reference implementation")
     convert.add_argument("checkpoint", metavar="CHECKPOINT.pth")
@@ -54,16 +65,23 @@ def build_parser() -> argparse.ArgumentParser:
         stored.add_argument(name, type=float, metavar="X")
     stored.add_argument("--adapter-type", choices=("attn", "block"))
     stored.add_argument("--visual-adapter-type", choices=("router", "router_block", "normal"))
+    convert.set_defaults(run=run_convert)
+
+    add_data_parser(commands)
+    add_train_parser(commands)
+    add_eval_parser(commands)
 
     card = commands.add_parser("card", help="write LaVIN's card over a trainer's")
     card.add_argument("folder", metavar="DIR")
     card.add_argument("--push", metavar="REPO", help="replace README.md of this Hub repository as well")
+    card.set_defaults(run=run_card)
 
     ask = commands.add_parser("ask", help="ask one question")
     ask.add_argument("folder", metavar="DIR", help="a LaVIN folder or Hub name")
     ask.add_argument("question")
     ask.add_argument("--image", action="append", dest="images", metavar="FILE", help="may be given several times")
     ask.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    ask.set_defaults(run=run_ask)
 
     commands.add_parser("quickstart", help="train and test a tiny LaVIN on this machine (`quickstart --help`)")
     return parser
@@ -109,9 +127,6 @@ def run_ask(**arguments):
     from lavin.recipes.ask import ask
 
     print(ask(**arguments))
-
-
-COMMANDS = {"init": run_init, "convert": run_convert, "card": run_card, "ask": run_ask}
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ import json
 import pytest
 from PIL import Image
 
-from lavin.recipes.quickstart.data import (
+from lavin.recipes.data.scienceqa import (
     OUTPUTS,
     format_answer,
     format_question,
     image_path,
-    question_key,
     read_scienceqa,
     scienceqa_rows,
-    write_dataset,
     write_parquet,
 )
+from lavin.recipes.quickstart.data import question_key, write_dataset
 from lavin.recipes.quickstart.quickstart import TAPS, TINY
 from lavin.recipes.quickstart.world import digit_scans, split_scans
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .data import LETTERS, format_question, image_path, read_scienceqa
+from lavin.recipes.data.scienceqa import LETTERS, format_question, image_path, read_scienceqa
 
 
 ANSWER = re.compile(r"The answer is \(?([A-J])\b")

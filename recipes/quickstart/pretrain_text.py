@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lavin.recipes.data.scienceqa import ANSWER_START, format_answer, format_question
+
 from .copying import structured_start
-from .data import ANSWER_START, format_answer, format_question
 from .world import (
     ATTRIBUTES,
     DIGITS,

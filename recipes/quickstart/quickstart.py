@@ -20,7 +20,9 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import safe_open
 
-from .data import LETTERS, format_answer, format_question, scienceqa_rows, write_dataset, write_parquet
+from lavin.recipes.data.scienceqa import LETTERS, format_answer, format_question, scienceqa_rows, write_parquet
+
+from .data import write_dataset
 from .evaluate import evaluate, load_questions
 from .figures import plot_loss, plot_routing, read_losses
 

@@ -1,0 +1,1 @@
+"""Data sets of the field to Parquet rows for `trl sft`."""

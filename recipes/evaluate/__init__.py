@@ -1,0 +1,1 @@
+"""Asks a LaVIN the questions of a benchmark and scores the answers."""

@@ -1,0 +1,1 @@
+"""LaVIN in other people's evaluation harnesses."""

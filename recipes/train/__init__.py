@@ -1,0 +1,1 @@
+"""`lavin train`: checks, then unmodified `trl sft`."""
