@@ -83,6 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     ask.set_defaults(run=run_ask)
 
+    export = commands.add_parser("export", help="fold the adapter into plain language models for other engines")
+    export.add_argument("model", metavar="DIR", help="a LaVIN folder or Hub name")
+    export.add_argument("--modality", choices=("text", "image", "both"), default="both")
+    export.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
+    export.add_argument("--revision", metavar="REV")
+    export.set_defaults(run=run_export)
+
     commands.add_parser("quickstart", help="train and test a tiny LaVIN on this machine (`quickstart --help`)")
     return parser
 
@@ -121,6 +128,17 @@ def run_card(**arguments):
     print(f"Wrote {card_folder(**arguments)}.")
     if arguments["push"]:
         print(f"Pushed it to {arguments['push']}.")
+
+
+def run_export(**arguments):
+    from lavin.recipes.export import export_folder
+
+    for modality, found in export_folder(**arguments).items():
+        print(
+            f"Wrote {arguments['output']}/{modality}: largest difference of a logit {found['largest_difference']:.2g} "
+            f"(largest logit {found['largest_logit']:.3g}, {found['dtype']}), likeliest next token the same at "
+            f"{100 * found['same_next_token']:.2f}% of {found['positions']} positions."
+        )
 
 
 def run_ask(**arguments):

@@ -1,0 +1,119 @@
+"""
+Prompts with images as embeddings, for an engine that knows plain language models and takes prompt embeddings.
+
+    python prompt_embeds.py FOLDER "What is this?" --image cat.png --output prompt.pt
+
+`lavin export` writes this file into the image side's folder. It needs torch, transformers, safetensors and Pillow.
+LaVIN need not be installed, and of the language model only its embedding is read.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+
+
+@dataclass
+class ImageSide:
+    """What turns a prompt with images into embeddings; see [`load_image_side`]."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: CLIPImageProcessorPil
+    image_tokens: torch.nn.Module
+    image_token: str
+    embedding: torch.Tensor
+
+
+def load_image_side(folder: str | Path) -> ImageSide:
+    """
+    Loads an image side.
+
+    Args:
+        folder (`str` or `Path`): The folder `image` that `lavin export` wrote.
+
+    Raises:
+        `FileNotFoundError`: if a file of it is missing.
+    """
+    folder = Path(folder)
+    program = folder / "image_tokens.pt2"
+    if not program.is_file():
+        raise FileNotFoundError(f"{folder} has no image_tokens.pt2: name the folder `image` of `lavin export`.")
+    stored = {"image_token": ""}
+    image_tokens = torch.export.load(program, extra_files=stored).module()
+    return ImageSide(
+        AutoTokenizer.from_pretrained(folder),
+        CLIPImageProcessorPil.from_pretrained(folder),
+        image_tokens,
+        stored["image_token"],
+        _read_embedding(folder),
+    )
+
+
+def prompt_embeds(side: ImageSide, question: str, images: list[Image.Image]) -> torch.Tensor:
+    """
+    Embeds one prompt in LaVIN's format, images first.
+
+    Args:
+        side ([`ImageSide`]): From [`load_image_side`].
+        question (`str`): The user's text.
+        images (`list[PIL.Image.Image]`): At least one: the image side's weights are folded for prompts that hold one.
+
+    Returns:
+        `torch.Tensor` of shape `(sequence_length, hidden_size)`, in the language model's dtype.
+
+    Raises:
+        `ValueError`: if there is no image.
+    """
+    if not images:
+        raise ValueError("The image side is folded for prompts with an image; send text to the text side.")
+    pixel_values = side.image_processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        features = side.image_tokens(pixel_values)
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
+    text = side.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    text = text.replace(side.image_token, side.image_token * features.shape[1])
+    ids = side.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    is_image = ids == side.tokenizer.convert_tokens_to_ids(side.image_token)
+    embeds = side.embedding[ids.masked_fill(is_image, 0)]
+    embeds[is_image] = features.flatten(0, 1).to(embeds)
+    return embeds
+
+
+def _read_embedding(folder: Path) -> torch.Tensor:
+    """The language model's input embedding, read alone from its safetensors file or shards."""
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    for name in sorted(set(names)):
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():
+                if key.endswith(EMBEDDINGS):
+                    return file.get_tensor(key)
+    raise ValueError(f"No input embedding in {folder}: none of {', '.join(EMBEDDINGS)}.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a prompt with images as embeddings.")
+    parser.add_argument("folder", metavar="DIR", help="the folder `image` of `lavin export`")
+    parser.add_argument("question")
+    parser.add_argument("--image", action="append", required=True, metavar="FILE", help="may be given several times")
+    parser.add_argument("--output", required=True, metavar="FILE.pt")
+    options = parser.parse_args()
+    images = [Image.open(path) for path in options.image]
+    embeds = prompt_embeds(load_image_side(options.folder), options.question, images)
+    torch.save(embeds, options.output)
+    print(f"Wrote {tuple(embeds.shape)} to {options.output}.")
+
+
+if __name__ == "__main__":
+    main()
