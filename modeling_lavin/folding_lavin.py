@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
@@ -81,10 +82,15 @@ def _is_mlp(layer) -> bool:
     )
 
 
-def _readers(module: nn.Module, key: str) -> list[nn.Module]:
+def _reader_names(module: nn.Module, key: str) -> tuple[str, ...]:
     names = next((names for names in READERS if all(hasattr(module, name) for name in names)), None)
     if names is None:
         raise ValueError(f"Cannot fold {key}: unknown maps {[name for name, _ in module.named_children()]}.")
+    return names
+
+
+def _readers(module: nn.Module, key: str) -> list[nn.Module]:
+    names = _reader_names(module, key)
     maps = [getattr(module, name) for name in names]
     if any(map.bias is None for map in maps):
         raise ValueError(
@@ -95,14 +101,68 @@ def _readers(module: nn.Module, key: str) -> list[nn.Module]:
 
 
 def _fold_layer(module: nn.Module, layer, row: torch.Tensor):
+    for map in _readers(module, layer.key):
+        weight, bias = _folded(map, layer, row)
+        map.bias.copy_(bias)
+        (map.weight.T if isinstance(map, Conv1D) else map.weight).copy_(weight)
+
+
+def _folded(map: nn.Module, layer, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight, `(out, in)`, and bias of a map that reads the layer's input, for the expert weights `row`."""
     down, config = layer.adapter_down[layer.active_name], layer.adapter_config[layer.active_name]
     dense = layer.adapter_up[layer.active_name].dense().double() * config.scale  # (experts, r + 1, d)
-    mixed = (row.double()[:, None, None] * dense).sum(0)
+    mixed = (row.to(dense)[:, None, None] * dense).sum(0)
     up = mixed[:-1].T  # U: (d, r)
     shift = up @ down.bias.double() + mixed[-1]
-    for map in _readers(module, layer.key):
-        weight = map.weight.T if isinstance(map, Conv1D) else map.weight
-        wide = weight.double()
-        folded = wide + (wide @ up) @ down.weight.double()
-        map.bias.copy_(map.bias.double() + wide @ shift)
-        weight.copy_(folded)
+    wide = (map.weight.T if isinstance(map, Conv1D) else map.weight).double()
+    bias = wide @ shift
+    return wide + (wide @ up) @ down.weight.double(), bias if map.bias is None else map.bias.double() + bias
+
+
+class FoldedLinear(nn.Module):
+    """A linear map with folded weights for either modality; each row of a batch goes through its own."""
+
+    def __init__(self, map: nn.Module, layer, rows: torch.Tensor):
+        super().__init__()
+        self.routing = layer.routing
+        pairs = zip(*(_folded(map, layer, row) for row in rows), strict=True)
+        weight, bias = (torch.stack(pair).to(map.weight.dtype) for pair in pairs)
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.routing.rows
+        if isinstance(rows, int):
+            return F.linear(x, self.weight[rows], self.bias[rows])
+        text, image = (F.linear(x, self.weight[i], self.bias[i]) for i in (0, 1))
+        return torch.where(rows[:, None, None] == 1, image, text)
+
+
+def rows_of(modality_ids: torch.Tensor) -> int | torch.Tensor:
+    """The modality of all rows where they share one: then a folded map is one product."""
+    if torch.compiler.is_compiling():
+        return modality_ids
+    found = set(modality_ids.tolist())
+    return found.pop() if len(found) == 1 else modality_ids
+
+
+@torch.no_grad()
+def fold_both(model):
+    """See `LavinForConditionalGeneration.fold`."""
+    if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError("A quantised base cannot be folded: load it without `quantization_config`.")
+    routing = model.model.routing
+    layers = routing.active_layers()
+    if not layers:
+        raise ValueError("No MMA adapter is active in the language model: there is nothing to fold.")
+    names = {layer.key: _reader_names(layer.base_layer, layer.key) for layer in layers}  # before anything changes
+    table = model.model.routing_table()
+    for layer, rows in zip(layers, table, strict=True):
+        for name in names[layer.key]:
+            setattr(layer.base_layer, name, FoldedLinear(getattr(layer.base_layer, name), layer, rows))
+    wrapped = {layer.key: layer.base_layer for layer in routing.layers}
+    for key, module in wrapped.items():
+        parent, _, name = key.rpartition(".")
+        setattr(model.model.get_submodule(parent), name, module)
+    routing.layers.clear()
+    routing.kept, routing.folded = None, True
+    return model.eval()

@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple, logging
 from .cache_lavin import cached_modality, carry_modality
 from .configuration_lavin import LavinConfig
 from .folder_lavin import LavinFolderMixin
-from .folding_lavin import fold_modality
+from .folding_lavin import fold_both, fold_modality, rows_of
 from .generation_lavin import LavinGenerationMixin, flat_features
 from .tuner_lavin import KeptRouting, MMARouting, find_blocks
 
@@ -30,6 +30,10 @@ FROZEN = (
 IMAGE_AFTER_TEXT = (
     "An image after a cached prefix without one: the prefix was computed as text only and cannot be made right "
     "afterwards. Start again without `past_key_values`."
+)
+FOLDED = (
+    "This LaVIN is folded: its adapter has become part of the weights of both modalities, for inference only. To "
+    "train or save it, load the folder that it came from again."
 )
 NO_DATA_PARALLEL = (
     "LaVIN does not run under `torch.nn.DataParallel`, which shares one routing table between threads. Start one "
@@ -374,6 +378,10 @@ class LavinModel(LavinPreTrainedModel):
         if layers:
             weights = self._table()[:, modality_ids].unbind(0)
             self.routing.weights = {layer.key: weight for layer, weight in zip(layers, weights, strict=True)}
+        if self.routing.folded:
+            if self.training:
+                raise ValueError(FOLDED)
+            self.routing.rows = rows_of(modality_ids)
         try:
             outputs = self.language_model(
                 attention_mask=attention_mask,
@@ -383,7 +391,7 @@ class LavinModel(LavinPreTrainedModel):
                 **kwargs,
             )
         finally:
-            self.routing.weights = None
+            self.routing.weights = self.routing.rows = None
         if outputs.past_key_values is not None:
             if not torch.compiler.is_compiling():
                 carry_modality(outputs.past_key_values)
@@ -408,17 +416,26 @@ class LavinModel(LavinPreTrainedModel):
 
     def _unused_features(self) -> torch.Tensor | None:
         """
-        In distributed training every rank must run the same modules in the same order (ZeRO hangs or crashes
-        otherwise): a rank without an image runs the vision tower on an empty one. None elsewhere.
+        For training on a batch without images: something of all that is trained on the way of an image, so that it
+        gets a gradient of zeros. With none at all AdamW would pass it over instead of following its momentum, and a
+        run would depend on how its rows are laid out.
+
+        In distributed training every rank must run the same modules in the same order as well (ZeRO hangs or crashes
+        otherwise): a rank without an image runs the vision tower on an empty one, before anything else. None outside
+        training.
         """
-        if not (self.training and torch.is_grad_enabled() and torch.distributed.is_available()):
+        if not (self.training and torch.is_grad_enabled()):
             return None
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return None
-        vision = self.config.vision_config
-        shape = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
-        image = torch.zeros(shape, device=next(self.vision_tower.parameters()).device)
-        return self.get_image_features(image, return_dict=True).pooler_output
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                vision = self.config.vision_config
+                shape = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+                image = torch.zeros(shape, device=next(self.vision_tower.parameters()).device)
+                return self.get_image_features(image, return_dict=True).pooler_output
+        parameters = [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]
+        # ZeRO-3 gathers a partitioned weight only inside its own module.
+        trained = [p.flatten()[:1] for p in parameters if p.requires_grad and not hasattr(p, "ds_id")]
+        return torch.cat([first.to(trained[0]) for first in trained]) if trained else None
 
 
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -551,6 +568,27 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
             `ValueError`: if the architecture's maps take no bias, the base is quantised, or no adapter is active.
         """
         return fold_modality(self, modality)
+
+    def fold(self):
+        """
+        Folds the language model's active adapter into its own maps, in place, for both modalities: each map that reads
+        an adapted input gets one weight for text and one for prompts with an image, and every row goes through its
+        own. Generation then costs what the base's does (a batch that mixes both pays those maps twice); the memory of
+        those maps doubles, a quarter of a Llama's. Any decoder can be folded so, biases or not. The vision tower's
+        adapters route by token and stay.
+
+        Returns:
+            [`LavinForConditionalGeneration`]: this model, in eval mode. It cannot be trained or saved any more.
+
+        Raises:
+            `ValueError`: if the base is quantised or no adapter is active. Nothing has changed then.
+        """
+        return fold_both(self)
+
+    def save_pretrained(self, *args, **kwargs):
+        if self.model.routing.folded:
+            raise ValueError(FOLDED)
+        return super().save_pretrained(*args, **kwargs)
 
 
 __all__ = ["LavinForConditionalGeneration", "LavinModel", "LavinPreTrainedModel"]

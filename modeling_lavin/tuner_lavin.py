@@ -158,6 +158,8 @@ class MMARouting:
         collected (`dict[str, torch.Tensor]`, *optional*): filled during the routing pass, `(2 modalities, 2 experts)`.
         kept (`KeptRouting`, *optional*): of earlier forwards.
         pinned (`bool`): within `generate`, where nothing changes and what is kept need not be checked.
+        folded (`bool`): the language model's layers are gone, folded into its maps for both modalities.
+        rows (`int` or `torch.Tensor`, *optional*): for folded maps, the modality of all rows or of each.
     """
 
     def __init__(self):
@@ -166,6 +168,8 @@ class MMARouting:
         self.collected = None
         self.kept = None
         self.pinned = False
+        self.folded = False
+        self.rows = None
 
     def active_layers(self) -> list:
         return [layer for layer in self.layers if layer.active]

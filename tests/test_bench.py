@@ -18,7 +18,7 @@ STEP_RATIOS = {"mma/base", "mma/lora", "mma/base_vision", "mma_labelled/base", "
     ("only", "name", "cases", "ratios"),
     [
         ("step", "step_time", {"training step"}, STEP_RATIOS),
-        ("decode", "decode_time", {"batch 1", "batch 16"}, {"mma/base"}),
+        ("decode", "decode_time", {"batch 1", "batch 16"}, {"mma/base", "folded/base", "merged/base"}),
     ],
 )
 def test_quick(tmp_path, capsys, only, name, cases, ratios):

@@ -110,3 +110,45 @@ def test_half_precision_folds_within_its_own_rounding():
 def test_what_cannot_be_folded(prepare, modality, message):
     with pytest.raises(ValueError, match=message):
         prepare().merge_modality(modality)
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["attention", "attention and MLP"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_folded_for_both_modalities(text, mlp):
+    """One object, mixed rows, every architecture: also those whose maps take no bias."""
+    model = tiny_lavin(text, mma={"text_mlp": mlp, "scale": 0.7})
+    cases = [batch(model.config, images, side="left") for images in ((1, 0, 2), (0, 0), (1, 1))]
+    with torch.no_grad():
+        expected = [model(**inputs).logits for inputs in cases]
+        assert model.fold() is model and not model.model.routing.layers
+        for inputs, logits in zip(cases, expected, strict=True):
+            kept = inputs["attention_mask"].bool()
+            assert difference(model(**inputs).logits[kept], logits[kept]) < 1e-4
+        swapped = model(**cases[1], modality_ids=torch.tensor([1, 1])).logits
+        assert difference(swapped, expected[1]) > 1e-2
+
+
+def test_a_folded_lavin_answers_200_prompts_alike():
+    model = tiny_lavin()
+    cases = [batch(model.config, [(i + j) % 3 for j in range(8)], length=3 + i % 7, seed=i) for i in range(25)]
+    arguments = {"max_new_tokens": 8, "do_sample": False}
+    expected = [model.generate(**inputs, **arguments) for inputs in cases]
+    model.fold()
+    for inputs, tokens in zip(cases, expected, strict=True):
+        assert torch.equal(model.generate(**inputs, **arguments), tokens)
+    beams = {**arguments, "num_beams": 3}
+    unfolded = tiny_lavin()
+    assert torch.equal(model.generate(**cases[0], **beams), unfolded.generate(**cases[0], **beams))
+
+
+def test_a_folded_lavin_is_for_inference(tmp_path):
+    model = tiny_lavin().fold()
+    with pytest.raises(ValueError, match="for inference only"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="for inference only"):
+        model.train()(**batch(model.config, (1,)))
+    with pytest.raises(ValueError, match="nothing to fold"):
+        model.eval().fold()
+    compiled = torch.compile(tiny_lavin().fold(), backend="eager", fullgraph=True)
+    inputs = batch(model.config, (1, 0))
+    assert difference(compiled(**inputs).logits, model.eval()(**inputs).logits) < 1e-5
