@@ -1,22 +1,34 @@
 """ScienceQA's own files and prompt formats, as rows of TRL."""
 
 import json
-from collections.abc import Iterable
+import pickle
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+
+from .records import Records, Table
+from .rows import BadRow, check_image, image_part, message, read_image, text_part
+from .rows import write_parquet as write_parquet  # the quickstart takes reader and writer from here
 
 
 LETTERS = "ABCDEFGHIJ"
 ANSWER_START = "The answer is"
 INPUTS = ("QCM", "CQM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
 OUTPUTS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA")
+TEXTS = ("question", "hint", "lecture", "solution", "category")
+OTHER_NAME = {"val": "validation", "validation": "val"}  # the official files and the Hub's form call it differently
 
 
 def _tidy(text: str) -> str:
     return text.replace("  ", " ").strip()
 
 
-def _one_line(text: str) -> str:
-    return text.replace("\n", "\\n")
+def _reasons(problem: dict, order: str) -> str:
+    """Lecture (L) and explanation (E) in the order asked for, each on one line; empty where neither says anything."""
+    said = [problem[{"L": "lecture", "E": "solution"}[key]] for key in order if key in "LE"]
+    return " ".join(text.replace("\n", "\\n") for text in said) if any(text.strip() for text in said) else ""
 
 
 def format_question(problem: dict, inputs: str = "QCM", caption: str = "") -> str:
@@ -37,10 +49,9 @@ def format_question(problem: dict, inputs: str = "QCM", caption: str = "") -> st
     """
     if inputs not in INPUTS:
         raise ValueError(f"`inputs` must be one of {', '.join(INPUTS)}, got {inputs!r}.")
-    context = " ".join(part for part in (problem["hint"].strip(), caption.strip()) if part) or "N/A"
+    context = f"{problem['hint']} {caption}".strip() or "N/A"
     options = " ".join(f"({LETTERS[i]}) {choice}" for i, choice in enumerate(problem["choices"]))
-    told = " ".join(part for part in (_one_line(problem["lecture"] if "L" in inputs else ""),
-                                      _one_line(problem["solution"] if "E" in inputs else "")) if part)  # fmt: skip
+    told = _reasons(problem, inputs)
     parts = {"Q": f"Question: {problem['question']}", "C": f"Context: {context}", "M": f"Options: {options}"}
     lines = [parts[key] for key in inputs if key in parts]
     if told:
@@ -66,8 +77,7 @@ def format_answer(problem: dict, outputs: str = "ALE") -> str:
     if outputs not in OUTPUTS:
         raise ValueError(f"`outputs` must be one of {', '.join(OUTPUTS)}, got {outputs!r}.")
     answer = f"{ANSWER_START} {LETTERS[problem['answer']]}."
-    reasons = {"L": _one_line(problem["lecture"]), "E": _one_line(problem["solution"])}
-    reason = " ".join(reasons[key] for key in outputs if reasons.get(key, "").strip())
+    reason = _reasons(problem, outputs)
     if not reason:
         return answer
     return _tidy(f"{answer} BECAUSE: {reason}" if outputs[0] == "A" else f"{reason} {answer}")
@@ -112,64 +122,192 @@ def image_path(folder: str | Path, pid: str, problem: dict) -> Path | None:
 
 def as_messages(prompt: str, answer: str, has_image: bool) -> tuple[list[dict], list[dict]]:
     """Returns the conversational prompt and completion of one row; the image stands before the text."""
-    content = [{"type": "image", "text": None}] if has_image else []
-    content.append({"type": "text", "text": prompt})
-    reply = [{"type": "text", "text": answer}]
-    return [{"role": "user", "content": content}], [{"role": "assistant", "content": reply}]
+    images = [image_part()] if has_image else []
+    return [message("user", *images, text_part(prompt))], [message("assistant", text_part(answer))]
+
+
+def split_format(prompt_format: str) -> tuple[str, str]:
+    """`"QCM-ALE"` as `("QCM", "ALE")`; raises `ValueError` where a part is not known."""
+    inputs, _, outputs = prompt_format.partition("-")
+    if inputs not in INPUTS or outputs not in OUTPUTS:
+        raise ValueError(
+            f"There is no format {prompt_format!r}: it is one of {', '.join(INPUTS)}, a dash, and one of "
+            f"{', '.join(OUTPUTS)}; for example QCM-ALE."
+        )
+    return inputs, outputs
+
+
+def check_problem(problem) -> None:
+    """Raises [`BadRow`] unless a record of `problems.json` has all that a row needs."""
+    if not isinstance(problem, dict):
+        raise BadRow("no problem", f"a {type(problem).__name__} where an object is expected")
+    if missing := [key for key in (*TEXTS, "choices", "answer") if problem.get(key) is None]:
+        raise BadRow("missing keys", ", ".join(missing))
+    if wrong := [key for key in TEXTS if not isinstance(problem[key], str)]:
+        raise BadRow("not a text", ", ".join(wrong))
+    choices, answer = problem["choices"], problem["answer"]
+    if not isinstance(choices, list) or not choices:
+        raise BadRow("no choices")
+    if not all(isinstance(choice, str) for choice in choices):
+        raise BadRow("not a text", "choices")
+    if len(choices) > len(LETTERS):
+        raise BadRow("too many choices", f"{len(choices)}, and letters for {len(LETTERS)}")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise BadRow("answer out of range", f"{answer!r} with {len(choices)} choices")
+
+
+class ScienceQA:
+    """
+    One split of ScienceQA, read entry by entry.
+
+    Args:
+        root (`str` or `Path`):
+            The official files (`problems.json`, `pid_splits.json`, `captions.json`, `images/<split>/<id>/image.png`),
+            or the form the data set has on the Hub: `data/<split>-*.parquet` with one row per question.
+        split (`str`): `"train"`, `"val"` (the Hub's form calls it `"validation"`), `"test"`, `"minival"`, ...
+        prompt_format (`str`, *optional*, defaults to `"QCM-ALE"`): Order of the inputs, a dash, order of the outputs.
+        use_caption (`bool`, *optional*, defaults to `False`): Adds the image's caption to the context.
+
+    Raises:
+        `FileNotFoundError`: if `root` has neither form, or no `captions.json` when captions are asked for.
+        `ValueError`: if there is no such split or format.
+    """
+
+    def __init__(self, root: str | Path, split: str, prompt_format: str = "QCM-ALE", use_caption: bool = False):
+        self.root, self.split, self.use_caption = Path(root), split, use_caption
+        self.inputs, self.outputs = split_format(prompt_format)
+        self.is_hub = not (self.root / "problems.json").is_file()
+        if self.is_hub:
+            self.parquet = self._hub_files()
+        elif not (self.root / "pid_splits.json").is_file():
+            raise FileNotFoundError(f"{root} is no ScienceQA data set: it has no pid_splits.json.")
+        if use_caption and self.is_hub:
+            raise ValueError(f"{root} has no captions: they are in captions.json of the official files.")
+        if use_caption and not (self.root / "captions.json").is_file():
+            raise FileNotFoundError(f"{root} has no captions.json, which captions are taken from.")
+
+    def _hub_files(self) -> list[Path]:
+        files = sorted([*self.root.glob("data/*-*.parquet"), *self.root.glob("*-*.parquet")])
+        names = {path.name.partition("-")[0] for path in files}
+        if not files:
+            raise FileNotFoundError(
+                f"{self.root} is no ScienceQA data set: it has neither problems.json nor data/<split>-*.parquet."
+            )
+        found = [name for name in (self.split, OTHER_NAME.get(self.split)) if name in names]
+        if not found:
+            raise ValueError(f"There is no split {self.split!r} in {self.root}; it has {', '.join(sorted(names))}.")
+        return [path for path in files if path.name.partition("-")[0] == found[0]]
+
+    def index(self, scratch: Path):
+        """
+        Finds the split's entries.
+
+        Args:
+            scratch (`Path`): A folder for what has to be kept outside memory: rows of Parquet cannot be read alone.
+        """
+        if self.is_hub:
+            self._index_hub(scratch / "entries")
+            return
+        with open(self.root / "pid_splits.json", encoding="utf-8") as file:
+            splits = json.load(file)
+        split = self.split if self.split in splits else OTHER_NAME.get(self.split)
+        if split not in splits:
+            raise ValueError(f"There is no split {self.split!r} in {self.root}; it has {', '.join(splits)}.")
+        self.ids = np.array([str(pid) for pid in splits[split]], dtype=str)
+        problems = Table(self.root / "problems.json")
+        self.problems, self.where = problems.records, problems.find(self.ids)
+        if self.use_caption:
+            captions = Table(self.root / "captions.json", "captions")
+            self.captions, self.caption_where = captions.records, captions.find(self.ids)
+
+    def _index_hub(self, path: Path):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        from tqdm import tqdm
+
+        self.problems = Records([path])
+        columns = ["image", "answer", "choices", *TEXTS]
+        with open(path, "wb") as file, tqdm(desc="Reading Parquet", unit=" rows", delay=1, leave=False) as bar:
+            for source in self.parquet:
+                try:
+                    with pq.ParquetFile(source) as parquet:
+                        if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
+                            raise ValueError(f"{source} is not ScienceQA: it has no column {', '.join(missing)}.")
+                        for batch in parquet.iter_batches(batch_size=64, columns=columns):
+                            for row in batch.to_pylist():
+                                raw = pickle.dumps(row)
+                                self.problems.add(file.tell(), len(raw))
+                                file.write(raw)
+                                bar.update()
+                except pa.ArrowException as error:
+                    raise ValueError(f"{source} is no Parquet file that can be read: {error}") from error
+        self.where = np.arange(len(self.problems))
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def name(self, index: int) -> str:
+        """The entry's id; in the Hub's form, which has none, the split and the row's number in its files."""
+        return f"{self.parquet[0].name.partition('-')[0]}-{index}" if self.is_hub else str(self.ids[index])
+
+    def place(self, index: int) -> str:
+        """Where the entry is."""
+        return self.parquet[0].parent.as_posix() if self.is_hub else (self.root / "problems.json").as_posix()
+
+    def rows(self, index: int) -> list[dict]:
+        """
+        The entry's one row.
+
+        Returns:
+            `list[dict]`: `prompt` and `completion` (lists of messages), `images` (list of `{"bytes", "path"}`, empty
+            for a question without image), `id`, `answer` (index), `choices`, `category`.
+
+        Raises:
+            [`BadRow`]: if the entry cannot be used.
+        """
+        pid = self.name(index)
+        if self.where[index] < 0:
+            raise BadRow("not in problems.json")
+        raw = self.problems.read(self.where[index])
+        problem = pickle.loads(raw) if self.is_hub else json.loads(raw)
+        check_problem(problem)
+        images = [self._image(pid, problem)] if problem.get("image") else []
+        caption = ""
+        if self.use_caption and self.caption_where[index] >= 0:
+            caption = json.loads(self.captions.read(self.caption_where[index]))
+        question, answer = format_question(problem, self.inputs, caption), format_answer(problem, self.outputs)
+        prompt, completion = as_messages(question, answer, bool(images))
+        return [{"prompt": prompt, "completion": completion, "images": images, "id": pid, "answer": problem["answer"],
+                 "choices": problem["choices"], "category": problem["category"]}]  # fmt: skip
+
+    def _image(self, pid: str, problem: dict) -> dict:
+        if not self.is_hub:
+            if not isinstance(problem.get("split"), str):
+                raise BadRow("missing keys", "split, which says where the image lies")
+            return read_image(image_path(self.root, pid, problem))
+        data = problem["image"].get("bytes")
+        if not data:
+            raise BadRow("image missing", "the Parquet row holds no bytes")
+        return {"bytes": check_image(data, "in the Parquet row"), "path": None}
 
 
 def scienceqa_rows(
     folder: str | Path, split: str, prompt_format: str = "QCM-ALE", use_caption: bool = False
-) -> Iterable[dict]:
+) -> Iterator[dict]:
     """
     Yields the rows `trl sft` trains on, in the order of the split.
 
     Args:
-        folder (`str` or `Path`): A data set in ScienceQA's format.
+        folder (`str` or `Path`): The official files of a data set in ScienceQA's format.
         split (`str`): Which split.
         prompt_format (`str`, *optional*, defaults to `"QCM-ALE"`): Order of the inputs, a dash, order of the outputs.
         use_caption (`bool`, *optional*, defaults to `False`): Adds the image's caption to the context.
 
     Yields:
-        `dict`: `prompt` and `completion` (lists of messages), `images` (list of `{"bytes", "path"}`, empty for a
-        question without image), `id`, `answer` (index), `choices`, `category`.
+        `dict`: [`ScienceQA.rows`].
     """
-    inputs, _, outputs = prompt_format.partition("-")
-    captions = read_captions(folder) if use_caption else {}
-    for pid, problem in read_scienceqa(folder, split).items():
-        path = image_path(folder, pid, problem)
-        question = format_question(problem, inputs, captions.get(pid, ""))
-        prompt, completion = as_messages(question, format_answer(problem, outputs), path is not None)
-        images = [{"bytes": path.read_bytes(), "path": None}] if path else []
-        yield {"prompt": prompt, "completion": completion, "images": images, "id": pid, "answer": problem["answer"],
-               "choices": problem["choices"], "category": problem["category"]}  # fmt: skip
-
-
-def write_parquet(rows: Iterable[dict], path: str | Path) -> int:
-    """
-    Writes rows to one Parquet file with the images' bytes inside, so that it can be moved anywhere.
-
-    Args:
-        rows (`Iterable[dict]`): As [`scienceqa_rows`] yields them.
-        path (`str` or `Path`): The file to write.
-
-    Returns:
-        `int`: the number of rows.
-    """
-    from datasets import Dataset, Features, Image, List, Value
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    message = {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
-    features = Features({
-        "prompt": List(message), "completion": List(message), "images": List(Image()), "id": Value("string"),
-        "answer": Value("int64"), "choices": List(Value("string")), "category": Value("string"),
-    })  # fmt: skip
-    rows = list(rows)
-    columns = {name: [row[name] for row in rows] for name in features}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    hidden = are_progress_bars_disabled()
-    disable_progress_bars()  # it takes a moment
-    Dataset.from_dict(columns, features=features).to_parquet(str(path))
-    if not hidden:
-        enable_progress_bars()
-    return len(rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = ScienceQA(folder, split, prompt_format, use_caption)
+        source.index(Path(scratch))
+        for index in range(len(source)):
+            yield from source.rows(index)
