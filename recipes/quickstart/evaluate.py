@@ -1,23 +1,12 @@
-"""Asks a LaVIN the questions of a data set in ScienceQA's format, by greedy decoding, and scores the letters."""
+"""Accuracy of the quickstart's LaVIN, with two controls; the answers and their letters are those of `lavin eval`."""
 
 import random
-import re
 import time
 from pathlib import Path
 
-import torch
-from PIL import Image
-
-from lavin.recipes.data.scienceqa import LETTERS, format_question, image_path, read_scienceqa
-
-
-ANSWER = re.compile(r"The answer is \(?([A-J])\b")
-
-
-def parse_letter(text: str) -> int | None:
-    """Index of the choice a generated answer names, or `None`: that counts as wrong and is reported as a failure."""
-    found = ANSWER.search(text)
-    return LETTERS.index(found.group(1)) if found else None
+from lavin.recipes.data.scienceqa import format_question, image_path, read_scienceqa
+from lavin.recipes.evaluate.answers import answer, read_image
+from lavin.recipes.evaluate.scienceqa import parse_letter
 
 
 def load_questions(folder: str | Path, split: str = "test", prompt_format: str = "QCM-ALE") -> list[dict]:
@@ -30,51 +19,11 @@ def load_questions(folder: str | Path, split: str = "test", prompt_format: str =
     questions = []
     for pid, problem in read_scienceqa(folder, split).items():
         path = image_path(folder, pid, problem)
-        image = Image.open(path).convert("RGB") if path else None
         prompt = format_question(problem, prompt_format.partition("-")[0])
-        questions.append({"id": pid, "problem": problem, "prompt": prompt, "image": image})
+        questions.append(
+            {"id": pid, "problem": problem, "prompt": prompt, "image": read_image(path) if path else None}
+        )
     return questions
-
-
-@torch.inference_mode()
-def answer(
-    model, processor, prompts: list[str], images: list, batch_size: int = 64, max_new_tokens: int = 6
-) -> list[str]:
-    """
-    Generates one greedy answer per prompt.
-
-    Args:
-        model ([`LavinForConditionalGeneration`]): The model.
-        processor ([`LavinProcessor`]): Its processor.
-        prompts (`list[str]`): Questions.
-        images (`list[PIL.Image.Image | None]`): The image of each question, or `None`.
-        batch_size (`int`, *optional*, defaults to 64): Questions at once; rows never influence each other.
-        max_new_tokens (`int`, *optional*, defaults to 6): Enough for the letter; more for the explanation.
-
-    Returns:
-        `list[str]`: the new text of each row.
-    """
-    texts = []
-    for start in range(0, len(prompts), batch_size):
-        batch = list(zip(prompts[start : start + batch_size], images[start : start + batch_size], strict=True))
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}],
-                }
-            ]
-            for prompt, image in batch
-        ]
-        rendered = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-        rows = [[image] if image is not None else [] for _, image in batch]
-        inputs = processor(
-            text=rendered, images=rows if any(rows) else None, padding=True, return_tensors="pt",
-            add_special_tokens=False,
-        ).to(model.device)  # fmt: skip
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        texts += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts
 
 
 def other_images(questions: list[dict], seed: int = 0) -> list:
@@ -118,9 +67,9 @@ def evaluate(model, processor, questions: list[dict], batch_size: int = 64) -> d
     model.eval()
 
     def ask(some: list[dict], images: list) -> list[int | None]:
-        return [
-            parse_letter(text) for text in answer(model, processor, [q["prompt"] for q in some], images, batch_size)
-        ]
+        prompts, rows = [q["prompt"] for q in some], [[] if image is None else [image] for image in images]
+        # Six tokens are enough for the letter.
+        return [parse_letter(text) for text in answer(model, processor, prompts, rows, batch_size, max_new_tokens=6)]
 
     problems = [question["problem"] for question in questions]
     letters = ask(questions, [question["image"] for question in questions])
