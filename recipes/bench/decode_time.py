@@ -2,8 +2,8 @@
 Time of one decoding step, cached, beside the plain base language model: with the adapter attached, folded for both
 modalities (`fold`), and folded into a plain language model (`merge_modality`).
 
-All decode greedily through `generate` after the same prompts, half of them with an image; plain language models get the
-same input embeddings. What counts is the median time between two steps, so the prefill does not.
+All decode greedily through `generate` after the same prompts, half of them with an image; plain language models get
+the same input embeddings. What counts is the median time between two steps, so the prefill does not.
 """
 
 import statistics
