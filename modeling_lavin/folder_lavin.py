@@ -182,6 +182,9 @@ class LavinFolderMixin:
                 its base can be named: then the folder is light, some MB.
             kwargs:
                 As of [`PreTrainedModel.save_pretrained`]; `push_to_hub=True` uploads the folder afterwards.
+
+        Raises:
+            `FloatingPointError`: if the adapter holds NaN or infinity. Nothing has been written then.
         """
         push_to_hub, token = kwargs.pop("push_to_hub", False), kwargs.pop("token", None)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
@@ -203,6 +206,7 @@ class LavinFolderMixin:
             )
         if is_main_process:
             _check_nothing_stale(save_directory, config, full, adapters)
+            tensors = {name: self._adapter_tensors(name, state_dict) for name in adapters}  # raises before it writes
             os.makedirs(save_directory, exist_ok=True)
         if full:
             self._save_base(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
@@ -222,7 +226,7 @@ class LavinFolderMixin:
         for adapter in adapters:
             # Each under its own name. Where none is named `mma`, the active one is what the folder loads.
             folder = ADAPTER_NAME if adapter == main else adapter
-            self._save_adapter(Path(save_directory, folder), adapter, state_dict)
+            self._save_adapter(Path(save_directory, folder), adapter, tensors[adapter])
         self._carry_processor(save_directory)
         write_card(self, save_directory)
         if push_to_hub:
@@ -258,7 +262,13 @@ class LavinFolderMixin:
             repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message or "Upload LaVIN",
-            allow_patterns=[*mine, "model-*.safetensors", f"*/{ADAPTER_CONFIG}", f"*/{ADAPTER_WEIGHTS}"],
+            allow_patterns=[
+                *mine,
+                "model-*.safetensors",
+                f"*/{ADAPTER_CONFIG}",
+                f"*/{ADAPTER_WEIGHTS}",
+                ".eval_results/*.yaml",
+            ],
             ignore_patterns=["checkpoint-*/*"],
             **upload,
         )
@@ -296,11 +306,26 @@ class LavinFolderMixin:
             del config.quantization_config
         config.save_pretrained(save_directory)
 
-    def _save_adapter(self, folder: Path, adapter_name: str, state_dict=None):
+    def _adapter_tensors(self, adapter_name: str, state_dict=None) -> dict[str, torch.Tensor]:
+        """
+        Raises:
+            `FloatingPointError`: if a value is NaN or infinite. (Not a `ValueError`: under ZeRO Trainer takes that for
+            something else and saves again, on one process alone, where the others never come.)
+        """
         if state_dict is not None:
             state_dict = {key.removeprefix(BASE_KEY): value for key, value in state_dict.items()}
         tensors = get_peft_model_state_dict(self, state_dict=state_dict, adapter_name=adapter_name)
         tensors = {BASE_KEY + key.removeprefix(BASE_KEY): value.contiguous().cpu() for key, value in tensors.items()}
+        bad = next((key for key, value in tensors.items() if not value.isfinite().all()), None)
+        if bad is not None:
+            raise FloatingPointError(
+                f"The adapter is not saved: {bad.removeprefix(BASE_KEY)} holds NaN or infinity. Training has diverged."
+                " What was saved before is left as it is: look at the losses in its trainer_state.json, go on from "
+                "there with a lower learning rate, `max_grad_norm` or a longer warm-up."
+            )
+        return tensors
+
+    def _save_adapter(self, folder: Path, adapter_name: str, tensors: dict[str, torch.Tensor]):
         folder.mkdir(parents=True, exist_ok=True)
         # Written whole, then moved: a run killed while it saves leaves the old adapter.
         save_file(tensors, folder / f"{ADAPTER_WEIGHTS}.new", metadata={"format": "pt"})
