@@ -5,6 +5,7 @@ import sys
 
 from lavin.recipes.data.cli import add_data_parser
 from lavin.recipes.evaluate.cli import add_eval_parser
+from lavin.recipes.serve.cli import add_serve_parser
 from lavin.recipes.train.cli import add_train_parser
 
 
@@ -13,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     Runs one subcommand.
 
     Returns:
-        `int`: 0; 2 after bad input, whose cause is printed without a traceback.
+        `int`: 0; 2 after bad input, whose cause is printed without a traceback; of `lavin train`, that of the run.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["quickstart"]:  # it has a parser of its own
@@ -32,11 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     from safetensors import SafetensorError
 
     try:
-        run(**arguments)
+        return run(**arguments) or 0
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         print(f"lavin {command}: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     card = commands.add_parser("card", help="write LaVIN's card over a trainer's")
     card.add_argument("folder", metavar="DIR")
-    card.add_argument("--push", metavar="REPO", help="replace README.md of this Hub repository as well")
+    card.add_argument("--push", metavar="REPO", help="replace README.md and results of this Hub repository")
+    card.add_argument("--results", nargs="+", metavar="FILE", help="put these results.json of `lavin eval` into it")
     card.set_defaults(run=run_card)
 
     ask = commands.add_parser("ask", help="ask one question")
@@ -89,6 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
     export.add_argument("--revision", metavar="REV")
     export.set_defaults(run=run_export)
+
+    add_serve_parser(commands)
 
     commands.add_parser("quickstart", help="train and test a tiny LaVIN on this machine (`quickstart --help`)")
     return parser

@@ -3,6 +3,7 @@ Everything in README.md that can be run here is run, in its order, in one folder
 stand for tiny random ones; nothing else is changed.
 """
 
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from lavin.recipes.cli import build_parser, main
+from lavin.recipes.quickstart.data import write_dataset
 
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,16 @@ def folder(tmp_path_factory):
     """Where the README is read: a picture, and the tiny checkpoints its names stand for."""
     folder = tmp_path_factory.mktemp("readme")
     Image.new("RGB", (20, 20), "red").save(folder / "picture.png")
+    write_dataset(folder / "ScienceQA", {"train": (4, 0, 4, 0), "test": (2, 0, 2, 0)})
+    (folder / "images").mkdir()
+    Image.new("RGB", (20, 20), "blue").save(folder / "images" / "blue.png")
+    alpaca = [{"instruction": "Name a colour.", "input": "", "output": "Blue."}]
+    turns = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Blue."}]
+    for name, content in {
+        "alpaca_data": alpaca,
+        "llava_instruct": [{"id": "1", "image": "blue.png", "conversations": turns}],
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     vision = CLIPVisionConfig(num_hidden_layers=8, image_size=8, patch_size=4, **shape)
@@ -87,22 +99,23 @@ def test_python_blocks_run(folder, capsys):
     assert len(blocks("python")) == 5
     assert (folder / "my-lavin" / "config.json").is_file() and not list((folder / "my-lavin").glob("*.safetensors"))
     assert (folder / "train.parquet").is_file()
-    text = LlamaConfig.from_pretrained(folder / "lavin-7b-text")
-    assert text.architectures == ["LlamaForCausalLM"] and text.attention_bias
 
 
 def test_lavin_commands_run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     seen = [command[1] for command in commands("lavin")]
-    assert seen == ["ask", "init", "card", "convert"]
+    assert seen == ["ask", "init", "data", "data", "train", "eval", "card", "card", "convert", "export", "serve"]
     for command in commands("lavin"):
-        if command[1] == "card":  # it needs a Hub (`test_cli.py`): its options are known at least
+        # What needs a training (below), a Hub (`test_cli.py`) or a client (`test_serve.py`): its options are known.
+        if command[1] in ("train", "eval", "card", "serve"):
             build_parser().parse_args(command[1:])
             continue
         # A released adapter belongs to one base; the fixture has its own.
         base = {"tiny-llama": f"{FIXTURE}/llama", "tiny-clip": f"{FIXTURE}/clip"} if command[1] == "convert" else {}
         assert main([base.get(word, word) for word in command[1:]]) == 0, command
     assert (folder / "lavin-7b" / "mma" / "adapter_model.safetensors").is_file()
+    assert list(folder.glob("data/scienceqa/train-*.parquet")) and list(folder.glob("data/instructions/*.parquet"))
+    assert (folder / "lavin-7b-plain" / "image" / "image_tokens.pt2").is_file()
     assert "Wrote my-lavin" in capsys.readouterr().out
 
 
@@ -113,8 +126,8 @@ def test_make_targets_exist():
 
 
 @pytest.mark.slow
-def test_training_with_the_readmes_yaml(folder, tmp_path):
-    """`trl sft` on the rows and the YAML of the README, then `lavin card` on what it leaves."""
+def test_training_with_the_readmes_yaml(folder, monkeypatch):
+    """`trl sft` and `lavin train` on the rows and the YAML of the README, then its evaluation and cards."""
     (block,) = blocks("yaml")
     assert yaml.safe_load(block)["output_dir"] == "my-lavin-mma"
     (folder / "sft.yaml").write_text(block, encoding="utf-8")
@@ -131,3 +144,12 @@ def test_training_with_the_readmes_yaml(folder, tmp_path):
     card = (trained / "README.md").read_text()
     assert "Trainable parameters" in card
     assert main(["card", str(trained)]) == 0 and (trained / "README.md").read_text() == card
+    monkeypatch.chdir(folder)
+    train, evaluate, results = (
+        next(c[1:] for c in commands("lavin") if c[1] == name and (name != "card" or "--results" in c))
+        for name in ("train", "eval", "card")
+    )
+    assert main([*train, *cpu, "--max_steps", "3", "--report_to", "none"]) == 0  # goes on from the run above
+    assert json.loads((trained / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+    assert main(evaluate) == 0 and main(results) == 0
+    assert "model-index" in (trained / "README.md").read_text()
