@@ -18,10 +18,9 @@ from test_processing import folders as folders
 from test_trl import light, sft  # noqa: F401
 
 from lavin.recipes.cli import main
-from lavin.recipes.data import records
 from lavin.recipes.data.instructions import Instructions, user_turn
 from lavin.recipes.data.prepare import prepare
-from lavin.recipes.data.records import Table, json_entries
+from lavin.recipes.data.records import find, json_rows, keep, line_rows
 from lavin.recipes.data.rows import ShardWriter
 from lavin.recipes.data.scienceqa import INPUTS, OUTPUTS, ScienceQA, format_answer, format_question, scienceqa_rows
 
@@ -213,8 +212,9 @@ def write_hub_form(sqa: Path, folder: Path) -> list[dict]:
 
 
 def test_the_form_on_the_hub_gives_the_same_rows(sqa, tmp_path, capsys):
-    write_hub_form(sqa, tmp_path / "hub")
-    made = prepare(ScienceQA(tmp_path / "hub", "val"), tmp_path / "out", "val")
+    root = tmp_path / "hub [1]"  # no pattern
+    write_hub_form(sqa, root)
+    made = prepare(ScienceQA(root, "val"), tmp_path / "out", "val", num_proc=2)
     rows = {row["id"]: row for row in load(made.pattern, tmp_path / "cache")}
     assert sorted(rows) == sorted(f"validation-{n}" for n in range(100)) and made.files[0].name.startswith("val-")
     for number, official in enumerate(scienceqa_rows(sqa, "train")):
@@ -227,9 +227,7 @@ def test_the_form_on_the_hub_gives_the_same_rows(sqa, tmp_path, capsys):
         (["--split", "test"], "it has validation"),
         (["--split", "val", "--format", "QCM"], "QCM-ALE"),
     ):
-        assert (
-            main(["data", "scienceqa", "--root", str(tmp_path / "hub"), "--output", str(tmp_path / "x"), *more]) == 2
-        )
+        assert main(["data", "scienceqa", "--root", str(root), "--output", str(tmp_path / "x"), *more]) == 2
         assert words in capsys.readouterr().err
     assert not list(tmp_path.glob("x/*"))
 
@@ -540,24 +538,44 @@ def test_rows_of_one_talk_share_their_image_in_the_file(tmp_path):
 # ---- memory
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_entries_are_found_where_json_finds_them(chunk, sqa, monkeypatch):
-    monkeypatch.setattr(records, "CHUNK", chunk)
-    path = sqa / "problems.json"
-    content, raw = json.loads(path.read_text(encoding="utf-8")), path.read_bytes()
-    found = {key: json.loads(raw[start : start + len(value)]) for key, start, value in json_entries(path)}
-    assert found == content
-    captions = json.loads((sqa / "captions.json").read_text())["captions"]
-    assert [json.loads(value) for _, _, value in json_entries(sqa / "captions.json", "captions")] == [
-        *captions.values()
-    ]
-    (sqa / "list.json").write_bytes(b'\xef\xbb\xbf [12, -3.5e1 ,"\\u00e9\\"]" , null,[ ],{} ] ')
-    values = [json.loads(value) for _, _, value in json_entries(sqa / "list.json")]
-    assert values == [12, -35.0, 'é"]', None, [], {}]
-    table = Table(path)
-    at = table.find(np.array(["7", "none", "100"]))
-    assert at[1] == -1 and json.loads(table.records.read(at[0])) == content["7"]
-    assert json.loads(table.records.read(at[2])) == content["100"]
+def test_entries_are_what_json_reads(sqa, tmp_path):
+    content = json.loads((sqa / "problems.json").read_text(encoding="utf-8"))
+    table = keep(json_rows, tmp_path / "scratch", path=sqa / "problems.json", at="")
+    assert {row["key"]: json.loads(row["entry"]) for row in table} == content and table.cache_files
+    at = find(table, np.array(["7", "none", "100"]))
+    assert at[1] == -1 and [json.loads(table[int(n)]["entry"]) for n in at[[0, 2]]] == [content["7"], content["100"]]
+    captions = list(json_rows(sqa / "captions.json", at="captions"))
+    assert {row["key"]: json.loads(row["entry"]) for row in captions} == json.loads(
+        (sqa / "captions.json").read_text()
+    )["captions"]
+    # Letters and numbers of all sorts, behind a byte order mark; of two entries with one key the last counts.
+    text = ' [-3.5e1, 0.1, 1.234567890123456789, 1e400, -0.0, 12345678901234567890, "\\u00e9\\"]\\ud83d", [],{"a":{}}]'
+    (tmp_path / "list.json").write_text(text, encoding="utf-8-sig")
+    found = [json.loads(row["entry"]) for row in json_rows(tmp_path / "list.json")]
+    assert repr(found) == repr(json.loads(text))
+    (tmp_path / "twice.json").write_text('{"a": 1, "b": 2, "a": 3}')
+    table = keep(json_rows, tmp_path / "scratch", path=tmp_path / "twice.json", at="")
+    assert find(table, np.array(["b", "a"])).tolist() == [1, 2]
+
+
+def test_empty_and_broken_parts(sqa, tmp_path):
+    """A list without entries is one; a broken line is a bad entry; a broken list is a broken file, and where."""
+    (tmp_path / "empty.json").write_text("[]")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes(b'{"instruction": "A?", "output": "a"}\n\n{"instruction": \n{"id": "\xff"}\n')
+    source = Instructions([tmp_path / "empty.json", lines, lines])
+    source.index(tmp_path / "scratch")
+    assert [source.place(n) for n in (0, 2, 3)] == ["lines.jsonl[0]", "lines.jsonl[2]", "lines.jsonl[0]"]
+    made = prepare(source, tmp_path / "out", "train", skip_bad=True)
+    assert (made.rows, dict(made.skipped)) == (2, {"not JSON": 4}) and len(list(line_rows(lines))) == 3
+    (sqa / "captions.json").write_text('{"captions": {}}')
+    assert prepare(ScienceQA(sqa, "train", use_caption=True), tmp_path / "out", "train").rows == 100
+    (sqa / "captions.json").write_text('{"version": 1}')
+    with pytest.raises(ValueError, match="captions.json holds no object called 'captions'"):
+        prepare(ScienceQA(sqa, "train", use_caption=True), tmp_path / "out", "train")
+    (tmp_path / "in.json").write_text(f'[{"0, " * 40000}{{"a" 1}}]')
+    with pytest.raises(ValueError, match=r"in\.json is no JSON file.* at 12000\d"):
+        keep(json_rows, tmp_path / "scratch", path=tmp_path / "in.json")
 
 
 @pytest.mark.slow

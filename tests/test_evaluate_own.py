@@ -18,7 +18,8 @@ from test_evaluate import data, fails, lavin_folder  # noqa: F401  (fixtures)
 
 from lavin.recipes import cli
 from lavin.recipes.cli import main
-from lavin.recipes.data.scienceqa import scienceqa_rows, write_parquet
+from lavin.recipes.data.rows import write_parquet
+from lavin.recipes.data.scienceqa import scienceqa_rows
 from lavin.recipes.evaluate.own import FIELDS, METRICS, is_right, load_questions, read_config
 
 

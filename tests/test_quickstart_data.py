@@ -6,6 +6,7 @@ import json
 import pytest
 from PIL import Image
 
+from lavin.recipes.data.rows import write_parquet
 from lavin.recipes.data.scienceqa import (
     OUTPUTS,
     format_answer,
@@ -13,7 +14,6 @@ from lavin.recipes.data.scienceqa import (
     image_path,
     read_scienceqa,
     scienceqa_rows,
-    write_parquet,
 )
 from lavin.recipes.quickstart.data import question_key, write_dataset
 from lavin.recipes.quickstart.quickstart import TAPS, TINY

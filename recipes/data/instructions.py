@@ -1,9 +1,11 @@
 """Alpaca and LLaVA-Instruct JSON, as rows of TRL."""
 
 import json
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 
-from .records import Records, json_entries, line_entries
+from .records import json_rows, keep, line_rows
 from .rows import BadRow, image_part, message, read_image, text_part
 
 
@@ -137,33 +139,42 @@ class Instructions:
             raise FileNotFoundError(f"--image-root: there is no folder {image_root}.")
 
     def index(self, scratch: Path):
-        """Finds the entries. Nothing is written to `scratch`."""
-        self.records, self.first = Records(self.files), []
-        for number, path in enumerate(self.files):
-            self.first.append(len(self.records))
-            entries = json_entries(path) if is_list(path) else line_entries(path)
-            for _, start, raw in entries:
-                self.records.add(start, len(raw), number)
+        """
+        Reads the files once.
+
+        Args:
+            scratch (`Path`): A folder for the entries, which are read from there one by one.
+        """
+        from datasets import concatenate_datasets
+
+        tables = [keep(json_rows if is_list(path) else line_rows, scratch, path=path) for path in self.files]
+        self.entries = concatenate_datasets(tables)
+        self.first = [0, *accumulate(map(len, tables))][:-1]  # the number of each file's first entry
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.entries)
+
+    def _file(self, index: int) -> tuple[Path, int]:
+        """The file of an entry, and the entry's number in it."""
+        file = bisect_right(self.first, index) - 1
+        return self.files[file], index - self.first[file]
 
     def place(self, index: int) -> str:
         """File and number of an entry, from 0."""
-        number = self.records.file[index]
-        return f"{self.files[number].name}[{index - self.first[number]}]"
+        path, number = self._file(index)
+        return f"{path.name}[{number}]"
 
     def name(self, index: int) -> str:
         """The entry's `id`; where it has none, the file's name and the entry's number."""
         try:
-            return self._id(index, json.loads(self.records.read(index)))
+            return self._id(index, json.loads(self.entries[index]["entry"]))
         except ValueError:
             return self._id(index, {})
 
     def _id(self, index: int, entry) -> str:
-        number = self.records.file[index]
+        path, number = self._file(index)
         own = entry.get("id") if isinstance(entry, dict) else None
-        return f"{self.files[number].stem}-{index - self.first[number]}" if own in (None, "") else str(own)
+        return f"{path.stem}-{number}" if own in (None, "") else str(own)
 
     def rows(self, index: int) -> list[dict]:
         """
@@ -178,7 +189,7 @@ class Instructions:
             `ValueError`: if it has an image, and there is no `image_root`.
         """
         try:
-            entry = json.loads(self.records.read(index))
+            entry = json.loads(self.entries[index]["entry"])
         except ValueError as error:
             raise BadRow("not JSON", str(error)) from error
         if not isinstance(entry, dict):
@@ -214,7 +225,7 @@ def is_list(path: Path) -> bool:
     if head[:1] in (b"[", b""):
         return True
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, "rb") as file:
             first = json.loads(next(line for line in file if line.strip()))
     except ValueError:
         first = None

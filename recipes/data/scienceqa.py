@@ -1,16 +1,15 @@
 """ScienceQA's own files and prompt formats, as rows of TRL."""
 
+import glob
 import json
-import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from .records import Records, Table
+from .records import find, json_rows, keep
 from .rows import BadRow, check_image, image_part, message, read_image, text_part
-from .rows import write_parquet as write_parquet  # the quickstart takes reader and writer from here
 
 
 LETTERS = "ABCDEFGHIJ"
@@ -200,13 +199,14 @@ class ScienceQA:
 
     def index(self, scratch: Path):
         """
-        Finds the split's entries.
+        Reads the files once and finds the split's entries.
 
         Args:
-            scratch (`Path`): A folder for what has to be kept outside memory: rows of Parquet cannot be read alone.
+            scratch (`Path`): A folder for the entries, which are read from there one by one.
         """
         if self.is_hub:
-            self._index_hub(scratch / "entries")
+            self.problems = self._read_hub(scratch)
+            self.where = np.arange(len(self.problems))
             return
         with open(self.root / "pid_splits.json", encoding="utf-8") as file:
             splits = json.load(file)
@@ -214,34 +214,35 @@ class ScienceQA:
         if split not in splits:
             raise ValueError(f"There is no split {self.split!r} in {self.root}; it has {', '.join(splits)}.")
         self.ids = np.array([str(pid) for pid in splits[split]], dtype=str)
-        problems = Table(self.root / "problems.json")
-        self.problems, self.where = problems.records, problems.find(self.ids)
+        self.problems = keep(json_rows, scratch, path=self.root / "problems.json", at="")
+        self.where = find(self.problems, self.ids)
         if self.use_caption:
-            captions = Table(self.root / "captions.json", "captions")
-            self.captions, self.caption_where = captions.records, captions.find(self.ids)
+            self.captions = keep(json_rows, scratch, path=self.root / "captions.json", at="captions")
+            self.caption_where = find(self.captions, self.ids)
 
-    def _index_hub(self, path: Path):
+    def _read_hub(self, scratch: Path):
         import pyarrow as pa
         import pyarrow.parquet as pq
-        from tqdm import tqdm
+        from datasets import Image, load_dataset
+        from datasets.exceptions import DatasetGenerationError
 
-        self.problems = Records([path])
         columns = ["image", "answer", "choices", *TEXTS]
-        with open(path, "wb") as file, tqdm(desc="Reading Parquet", unit=" rows", delay=1, leave=False) as bar:
-            for source in self.parquet:
-                try:
-                    with pq.ParquetFile(source) as parquet:
-                        if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
-                            raise ValueError(f"{source} is not ScienceQA: it has no column {', '.join(missing)}.")
-                        for batch in parquet.iter_batches(batch_size=64, columns=columns):
-                            for row in batch.to_pylist():
-                                raw = pickle.dumps(row)
-                                self.problems.add(file.tell(), len(raw))
-                                file.write(raw)
-                                bar.update()
-                except pa.ArrowException as error:
-                    raise ValueError(f"{source} is no Parquet file that can be read: {error}") from error
-        self.where = np.arange(len(self.problems))
+        for path in self.parquet:
+            try:
+                names = pq.read_schema(path).names
+            except pa.ArrowException as error:
+                raise ValueError(f"{path} is no Parquet file that can be read: {error}") from error
+            if missing := [name for name in columns if name not in names]:
+                raise ValueError(f"{path} is not ScienceQA: it has no column {', '.join(missing)}.")
+        files = [glob.escape(str(path)) for path in self.parquet]
+        try:
+            table = load_dataset(
+                "parquet", data_files=files, split="train", cache_dir=str(scratch),
+                columns=columns, batch_size=100,  # by default all rows of a group, which may be the whole file
+            )  # fmt: skip
+        except (DatasetGenerationError, ValueError) as error:  # the second: without any row
+            raise ValueError(f"{self.place(0)} cannot be read as Parquet: {error.__cause__ or error}") from error
+        return table.cast_column("image", Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.where)
@@ -268,13 +269,13 @@ class ScienceQA:
         pid = self.name(index)
         if self.where[index] < 0:
             raise BadRow("not in problems.json")
-        raw = self.problems.read(self.where[index])
-        problem = pickle.loads(raw) if self.is_hub else json.loads(raw)
+        found = self.problems[int(self.where[index])]
+        problem = found if self.is_hub else json.loads(found["entry"])
         check_problem(problem)
         images = [self._image(pid, problem)] if problem.get("image") else []
         caption = ""
         if self.use_caption and self.caption_where[index] >= 0:
-            caption = json.loads(self.captions.read(self.caption_where[index]))
+            caption = json.loads(self.captions[int(self.caption_where[index])]["entry"])
         question, answer = format_question(problem, self.inputs, caption), format_answer(problem, self.outputs)
         prompt, completion = as_messages(question, answer, bool(images))
         return [{"prompt": prompt, "completion": completion, "images": images, "id": pid, "answer": problem["answer"],

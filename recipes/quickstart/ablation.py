@@ -27,7 +27,8 @@ import yaml
 from safetensors import safe_open
 from tqdm import tqdm
 
-from lavin.recipes.data.scienceqa import scienceqa_rows, write_parquet
+from lavin.recipes.data.rows import write_parquet
+from lavin.recipes.data.scienceqa import scienceqa_rows
 
 from .data import write_dataset
 from .evaluate import evaluate, load_questions

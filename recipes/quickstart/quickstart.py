@@ -20,7 +20,8 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import safe_open
 
-from lavin.recipes.data.scienceqa import LETTERS, format_answer, format_question, scienceqa_rows, write_parquet
+from lavin.recipes.data.rows import write_parquet
+from lavin.recipes.data.scienceqa import LETTERS, format_answer, format_question, scienceqa_rows
 
 from .data import write_dataset
 from .evaluate import evaluate, load_questions
