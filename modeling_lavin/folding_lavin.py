@@ -92,7 +92,7 @@ def _reader_names(module: nn.Module, key: str) -> tuple[str, ...]:
 def _readers(module: nn.Module, key: str) -> list[nn.Module]:
     names = _reader_names(module, key)
     maps = [getattr(module, name) for name in names]
-    if any(map.bias is None for map in maps):
+    if any(linear.bias is None for linear in maps):
         raise ValueError(
             f"{type(module).__name__} cannot take a bias on {', '.join(names)}, which a folded adapter needs: keep "
             "the adapter attached for this architecture."
@@ -101,32 +101,32 @@ def _readers(module: nn.Module, key: str) -> list[nn.Module]:
 
 
 def _fold_layer(module: nn.Module, layer, row: torch.Tensor):
-    for map in _readers(module, layer.key):
-        weight, bias = _folded(map, layer, row)
-        map.bias.copy_(bias)
-        (map.weight.T if isinstance(map, Conv1D) else map.weight).copy_(weight)
+    for linear in _readers(module, layer.key):
+        weight, bias = _folded(linear, layer, row)
+        linear.bias.copy_(bias)
+        (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).copy_(weight)
 
 
-def _folded(map: nn.Module, layer, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _folded(linear: nn.Module, layer, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight, `(out, in)`, and bias of a map that reads the layer's input, for the expert weights `row`."""
     down, config = layer.adapter_down[layer.active_name], layer.adapter_config[layer.active_name]
     dense = layer.adapter_up[layer.active_name].dense().double() * config.scale  # (experts, r + 1, d)
     mixed = (row.to(dense)[:, None, None] * dense).sum(0)
     up = mixed[:-1].T  # U: (d, r)
     shift = up @ down.bias.double() + mixed[-1]
-    wide = (map.weight.T if isinstance(map, Conv1D) else map.weight).double()
+    wide = (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).double()
     bias = wide @ shift
-    return wide + (wide @ up) @ down.weight.double(), bias if map.bias is None else map.bias.double() + bias
+    return wide + (wide @ up) @ down.weight.double(), bias if linear.bias is None else linear.bias.double() + bias
 
 
 class FoldedLinear(nn.Module):
     """A linear map with folded weights for either modality; each row of a batch goes through its own."""
 
-    def __init__(self, map: nn.Module, layer, rows: torch.Tensor):
+    def __init__(self, linear: nn.Module, layer, rows: torch.Tensor):
         super().__init__()
         self.routing = layer.routing
-        pairs = zip(*(_folded(map, layer, row) for row in rows), strict=True)
-        weight, bias = (torch.stack(pair).to(map.weight.dtype) for pair in pairs)
+        pairs = zip(*(_folded(linear, layer, row) for row in rows), strict=True)
+        weight, bias = (torch.stack(pair).to(linear.weight.dtype) for pair in pairs)
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -151,6 +151,7 @@ def fold_both(model):
     if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False):
         raise ValueError("A quantised base cannot be folded: load it without `quantization_config`.")
     routing = model.model.routing
+    routing.check_not_folded()
     layers = routing.active_layers()
     if not layers:
         raise ValueError("No MMA adapter is active in the language model: there is nothing to fold.")
@@ -165,4 +166,5 @@ def fold_both(model):
         setattr(model.model.get_submodule(parent), name, module)
     routing.layers.clear()
     routing.kept, routing.folded = None, True
+    model._hf_peft_config_loaded = False  # transformers' own switches refuse from here on
     return model.eval()

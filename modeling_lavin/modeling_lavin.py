@@ -18,7 +18,7 @@ from .configuration_lavin import LavinConfig
 from .folder_lavin import LavinFolderMixin
 from .folding_lavin import fold_both, fold_modality, rows_of
 from .generation_lavin import LavinGenerationMixin, flat_features
-from .tuner_lavin import KeptRouting, MMARouting, find_blocks
+from .tuner_lavin import FOLDED, KeptRouting, MMARouting, find_blocks
 
 
 logger = logging.get_logger(__name__)
@@ -30,10 +30,6 @@ FROZEN = (
 IMAGE_AFTER_TEXT = (
     "An image after a cached prefix without one: the prefix was computed as text only and cannot be made right "
     "afterwards. Start again without `past_key_values`."
-)
-FOLDED = (
-    "This LaVIN is folded: its adapter has become part of the weights of both modalities, for inference only. To "
-    "train or save it, load the folder that it came from again."
 )
 NO_DATA_PARALLEL = (
     "LaVIN does not run under `torch.nn.DataParallel`, which shares one routing table between threads. Start one "
@@ -578,16 +574,17 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         adapters route by token and stay.
 
         Returns:
-            [`LavinForConditionalGeneration`]: this model, in eval mode. It cannot be trained or saved any more.
+            [`LavinForConditionalGeneration`]: this model, in eval mode. From here on it cannot be trained or saved,
+            and adapters can neither be switched nor added.
 
         Raises:
-            `ValueError`: if the base is quantised or no adapter is active. Nothing has changed then.
+            `ValueError`: if the base is quantised, no adapter is active, or it is folded already. Nothing has changed
+                then.
         """
         return fold_both(self)
 
     def save_pretrained(self, *args, **kwargs):
-        if self.model.routing.folded:
-            raise ValueError(FOLDED)
+        self.model.routing.check_not_folded()
         return super().save_pretrained(*args, **kwargs)
 
 

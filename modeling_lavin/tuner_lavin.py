@@ -22,6 +22,10 @@ TRAINED_MODULES = ("multi_modal_projector", "modality_embedding")
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
 TOWERS = ("vision_tower", "language_model")
+FOLDED = (
+    "This LaVIN is folded: its adapter has become part of the weights of both modalities, for inference only. To "
+    "train, save or switch it, load the folder that it came from again."
+)
 
 
 def _add_peft_type():
@@ -171,6 +175,11 @@ class MMARouting:
         self.folded = False
         self.rows = None
 
+    def check_not_folded(self):
+        """Raises `ValueError` where the adapter is no part of its own any more."""
+        if self.folded:
+            raise ValueError(FOLDED)
+
     def active_layers(self) -> list:
         return [layer for layer in self.layers if layer.active]
 
@@ -196,6 +205,9 @@ class MMARouting:
 
 class MMALinear(nn.Linear):
     """A linear map whose float32 weights serve inputs of any dtype."""
+
+    def reset_parameters(self):
+        """Does nothing: [`MMALayer.reset_parameters`] draws them. On the meta device torch's own takes its time."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -266,6 +278,7 @@ class MMALayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MMAConfig):
         """Adds an adapter, initialised from its own generator: every layout and ZeRO stage starts equal."""
+        self.routing.check_not_folded()
         if self.features % config.groups:
             raise ValueError(f"`groups`={config.groups} does not divide the width {self.features} of {self.key}.")
         routed = self.is_text or config.vision_router
@@ -298,7 +311,12 @@ class MMALayer(nn.Module, BaseTunerLayer):
             for parameter in self.adapter_router[adapter_name].parameters():
                 draw(parameter, 1 / math.sqrt(self.features))
 
+    def enable_adapters(self, enabled: bool):
+        self.routing.check_not_folded()
+        super().enable_adapters(enabled)
+
     def set_adapter(self, adapter_names, inference_mode: bool = False):
+        self.routing.check_not_folded()
         check_one_adapter(adapter_names)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
@@ -458,15 +476,27 @@ class MMAModel(BaseTuner):
         setattr(parent, child_name, new_module)  # PEFT's own copies `weight`, which an attention does not have
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        find_lavin(model).routing.check_not_folded()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         lift_to_float32(model, adapter_name)
         find_lavin(model).routing.kept = None
 
+    def _enable_adapter_layers(self, enabled: bool = True):
+        find_lavin(self.model).routing.check_not_folded()
+        super()._enable_adapter_layers(enabled)
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False):
+        find_lavin(self.model).routing.check_not_folded()
         check_one_adapter(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    @classmethod
+    def _get_adapter_state_dict(cls, model, **kwargs):  # what saving reads
+        find_lavin(model).routing.check_not_folded()
+        return super()._get_adapter_state_dict(model=model, **kwargs)
+
     def delete_adapter(self, adapter_name: str):
+        find_lavin(self.model).routing.check_not_folded()
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         if was_active and self.peft_config:

@@ -147,8 +147,25 @@ def test_a_folded_lavin_is_for_inference(tmp_path):
         model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="for inference only"):
         model.train()(**batch(model.config, (1,)))
-    with pytest.raises(ValueError, match="nothing to fold"):
+    with pytest.raises(ValueError, match="for inference only"):
         model.eval().fold()
+    for switch in (model.disable_adapters, model.enable_adapters, lambda: model.set_adapter("mma")):
+        with pytest.raises(ValueError, match="No adapter loaded"):
+            switch()
+    with pytest.raises(ValueError, match="for inference only"):
+        model.add_adapter(MMAConfig(), adapter_name="other")
+    for target in (None, r".*language_model.*self_attn"):
+        peft = tiny_peft(mma={"target_modules": target})
+        peft.get_base_model().fold()
+        with pytest.raises(ValueError, match="for inference only"), peft.disable_adapter():
+            pass
+        for change in (peft.delete_adapter, peft.set_adapter):
+            with pytest.raises(ValueError, match="for inference only"):
+                change("mma")
+        with pytest.raises(ValueError, match="for inference only"):
+            peft.add_adapter("other", MMAConfig())
+        with pytest.raises(ValueError, match="for inference only"):
+            peft.save_pretrained(tmp_path)
     compiled = torch.compile(tiny_lavin().fold(), backend="eager", fullgraph=True)
     inputs = batch(model.config, (1, 0))
     assert difference(compiled(**inputs).logits, model.eval()(**inputs).logits) < 1e-5
