@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from lavin.recipes.data.cli import add_data_parser
+from lavin.recipes.doctor.cli import add_doctor_parser
 from lavin.recipes.evaluate.cli import add_eval_parser
 from lavin.recipes.serve.cli import add_serve_parser
 from lavin.recipes.train.cli import add_train_parser
@@ -92,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.set_defaults(run=run_export)
 
     add_serve_parser(commands)
+    add_doctor_parser(commands)
 
     commands.add_parser("quickstart", help="train and test a tiny LaVIN on this machine (`quickstart --help`)")
     return parser

@@ -104,10 +104,25 @@ def test_python_blocks_run(folder, capsys):
 def test_lavin_commands_run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     seen = [command[1] for command in commands("lavin")]
-    assert seen == ["ask", "init", "data", "data", "train", "eval", "card", "card", "convert", "export", "serve"]
+    assert seen == [
+        "doctor",
+        "doctor",
+        "ask",
+        "init",
+        "data",
+        "data",
+        "train",
+        "eval",
+        "card",
+        "card",
+        "convert",
+        "export",
+        "serve",
+    ]
     for command in commands("lavin"):
-        # What needs a training (below), a Hub (`test_cli.py`) or a client (`test_serve.py`): its options are known.
-        if command[1] in ("train", "eval", "card", "serve"):
+        # What needs a training (below), a Hub (`test_cli.py`), a client (`test_serve.py`) or half a minute
+        # (`test_doctor.py`): its options are known.
+        if command[1] in ("train", "eval", "card", "serve", "doctor"):
             build_parser().parse_args(command[1:])
             continue
         # A released adapter belongs to one base; the fixture has its own.

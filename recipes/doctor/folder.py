@@ -1,0 +1,140 @@
+"""A LaVIN folder or repository: its files, and how to write again what is damaged."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+import lavin
+from lavin import LavinConfig
+from lavin.folder_lavin import ADAPTER_NAME, BASE_WEIGHTS, _find
+
+
+MAKE = "`lavin init --vision NAME --text NAME --output DIR` makes a LaVIN folder."
+AGAIN = "Save the model again with `save_pretrained`, or download the folder again."
+ADAPTER_AGAIN = (
+    f"Copy `{ADAPTER_NAME}/` from a whole `checkpoint-N` of the run, or download it again; without the folder "
+    f"`{ADAPTER_NAME}/` the model loads as it is without an adapter."
+)
+PROCESSOR = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass
+class Folder:
+    """
+    Args:
+        name (`str`): Path or Hub name.
+        config ([`LavinConfig`], *optional*): Once it has been read.
+    """
+
+    name: str
+    config: LavinConfig | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return os.path.isdir(self.name)
+
+    def find(self, file: str) -> str | None:
+        """A file's local path; one of the Hub is downloaded."""
+        return _find(self.name, file, {})
+
+    def read(self, file: str) -> dict:
+        """A JSON file; empty where there is none."""
+        path = self.find(file)
+        return read_json(path, file) if path else {}
+
+    def missing_of_processor(self) -> list[str]:
+        """Which of the processor's files are not there. Older folders have the chat template inside another one."""
+        missing = [file for file in PROCESSOR if self.find(file) is None]
+        held = [self.read(file).get("chat_template") for file in PROCESSOR if file not in ("tokenizer.json", *missing)]
+        return missing if self.find("chat_template.jinja") or any(held) else [*missing, "chat_template.jinja"]
+
+    def base_index(self) -> dict[str, set[str] | None]:
+        """The files of a full folder's base weights, each with the tensors it must hold; empty of a light folder."""
+        held = next((file for file in BASE_WEIGHTS if has_file(self.name, None, file)), None)
+        if held is None or not held.endswith(".json"):
+            return {held: None} if held else {}
+        files = {}
+        for tensor, file in self.read(held)["weight_map"].items():
+            files.setdefault(file, set()).add(tensor)
+        return files
+
+
+def read_json(path: str | os.PathLike, name: str) -> dict:
+    """
+    Raises:
+        `ValueError`: if it is no JSON; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON: {error}") from error
+
+
+def local_file(name: str, revision: str | None, file: str) -> str | None:
+    """A file in a folder, or of a repository in the cache: nothing is downloaded."""
+    if os.path.isdir(name):
+        path = os.path.join(name, file)
+        return path if os.path.isfile(path) else None
+    path = None if os.path.isabs(name) else try_to_load_from_cache(name, file, revision=revision)
+    return path if isinstance(path, str) else None
+
+
+def has_file(name: str, revision: str | None, file: str) -> bool:
+    """
+    Whether a file is there, in the cache, or on the Hub.
+
+    Raises:
+        `OSError`: if the Hub is asked and does not answer.
+    """
+    if local_file(name, revision, file):
+        return True
+    if os.path.isdir(name) or os.path.isabs(name) or constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        return HfApi().file_exists(name, file, revision=revision)
+    except Exception as error:  # the client's own errors, of several libraries
+        raise OSError(f"the Hub cannot be asked for {file} of {name}: {error}") from error
+
+
+def processor_again(folder: Folder) -> str:
+    """How to write a folder's processor, tokenizer and chat template anew."""
+    config = folder.config
+    if config is None or not (config.vision_checkpoint and config.text_checkpoint):
+        return "Copy the processor's files from the folder that the training began with, or download it again."
+    names = f"{config.vision_checkpoint['name']!r}, {config.text_checkpoint['name']!r}"
+    where = f"{folder.name!r}" if folder.is_local else "'DIR'"
+    upload = "" if folder.is_local else f" Then `hf upload {folder.name} DIR .`"
+    return (
+        f'`python -c "from lavin import LavinProcessor; LavinProcessor.from_vision_text_pretrained({names}, '
+        f'num_image_tokens={config.num_image_tokens}).save_pretrained({where})"` writes it anew.{upload}'
+    )
+
+
+def code_again(folder: Folder, file: str) -> str:
+    ours = Path(lavin.__file__).parent / file
+    if not ours.is_file():
+        return AGAIN
+    return f"`cp {ours} {folder.name}`" if folder.is_local else f"`hf upload {folder.name} {ours} {file}`"
+
+
+def generation_again(folder: Folder) -> str:
+    if not (folder.is_local and folder.config.text_checkpoint):
+        return AGAIN
+    text = folder.config.text_checkpoint["name"]
+    return (
+        f'`python -c "from transformers import GenerationConfig; GenerationConfig.from_pretrained({text!r})'
+        f'.save_pretrained({folder.name!r})"`'
+    )
+
+
+def base_again(folder: Folder) -> str:
+    """How to get a damaged file of base weights anew."""
+    if not folder.is_local:
+        return f"`hf upload {folder.name} DIR .` with the file in it; if it is there, `hf download {folder.name}`."
+    return (
+        f"Download the folder again (`hf download NAME --local-dir {folder.name}`), or save the model again with "
+        "`save_pretrained(DIR, full=True)`."
+    )
