@@ -79,6 +79,8 @@ class LavinFolderMixin:
         if kwargs.pop("subfolder", None):
             raise ValueError("A LaVIN folder is a whole repository: pass its own path or name, not a `subfolder`.")
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        if kwargs.get("dtype") == "auto":  # the default, which the configuration would take for a dtype
+            del kwargs["dtype"]
         config = kwargs.pop("config", None)
         if getattr(config, "model_type", None) != LavinConfig.model_type:  # another import's LavinConfig will do
             found = LavinConfig.get_config_dict(name, **hub)[0].get("model_type")
@@ -184,7 +186,8 @@ class LavinFolderMixin:
                 As of [`PreTrainedModel.save_pretrained`]; `push_to_hub=True` uploads the folder afterwards.
 
         Raises:
-            `FloatingPointError`: if the adapter holds NaN or infinity. Nothing has been written then.
+            `FloatingPointError`: if the adapter, or the output of the last training forward, holds NaN or infinity.
+                Nothing has been written then.
         """
         push_to_hub, token = kwargs.pop("push_to_hub", False), kwargs.pop("token", None)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
@@ -309,14 +312,19 @@ class LavinFolderMixin:
     def _adapter_tensors(self, adapter_name: str, state_dict=None) -> dict[str, torch.Tensor]:
         """
         Raises:
-            `FloatingPointError`: if a value is NaN or infinite. (Not a `ValueError`: under ZeRO Trainer takes that for
-            something else and saves again, on one process alone, where the others never come.)
+            `FloatingPointError`: if a value is NaN or infinite, or the last training forward was (DeepSpeed leaves out
+                every step whose gradients are not finite, and goes on for ever with weights that are of no use). Not a
+                `ValueError`: under ZeRO Trainer takes that for something else and saves again, on one process alone,
+                where the others never come.
         """
         if state_dict is not None:
             state_dict = {key.removeprefix(BASE_KEY): value for key, value in state_dict.items()}
         tensors = get_peft_model_state_dict(self, state_dict=state_dict, adapter_name=adapter_name)
         tensors = {BASE_KEY + key.removeprefix(BASE_KEY): value.contiguous().cpu() for key, value in tensors.items()}
         bad = next((key for key, value in tensors.items() if not value.isfinite().all()), None)
+        last_finite = getattr(getattr(self, self.base_model_prefix, self), "last_finite", None)
+        if bad is None and last_finite is not None and not last_finite:
+            bad = "the output of the last training step"
         if bad is not None:
             raise FloatingPointError(
                 f"The adapter is not saved: {bad.removeprefix(BASE_KEY)} holds NaN or infinity. Training has diverged."

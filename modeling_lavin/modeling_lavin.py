@@ -193,6 +193,7 @@ class LavinModel(LavinPreTrainedModel):
         for layer in config.vision_feature_layers:
             blocks[layer - 1].register_forward_hook(self.taps)
         self.routing = MMARouting()
+        self.last_finite = None  # whether the last training forward was: a tensor, read when something is saved
         self.post_init()
 
     def get_input_embeddings(self):
@@ -388,6 +389,8 @@ class LavinModel(LavinPreTrainedModel):
             )
         finally:
             self.routing.weights = self.routing.rows = None
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.last_finite = outputs.last_hidden_state.detach().isfinite().all()
         if outputs.past_key_values is not None:
             if not torch.compiler.is_compiling():
                 carry_modality(outputs.past_key_values)

@@ -2,19 +2,25 @@
 
 import os
 
-import torch
-from transformers import AutoModel, AutoProcessor
-
-import lavin  # noqa: F401  (the Auto classes know LaVIN from here on)
+from lavin.recipes.evaluate.answers import answer, read_image
+from lavin.recipes.load import load_model
 
 
-def ask(folder: str | os.PathLike, question: str, images: list[str] | None = None, max_new_tokens: int = 64) -> str:
+def ask(
+    folder: str | os.PathLike,
+    question: str,
+    images: list[str] | None = None,
+    max_new_tokens: int = 64,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> str:
     r"""
     Args:
         folder (`str` or `os.PathLike`): A LaVIN folder, or its name on the Hub.
         question (`str`): The user's text.
         images (`list[str]`, *optional*): Paths or URLs of images, shown before the question.
         max_new_tokens (`int`, *optional*, defaults to 64): Longest answer.
+        device, dtype (`str`, *optional*): As of [`~load.load_model`].
 
     Returns:
         `str`: the greedy answer.
@@ -22,13 +28,7 @@ def ask(folder: str | os.PathLike, question: str, images: list[str] | None = Non
     Raises:
         `OSError`, `ValueError`: if the model or an image cannot be read.
     """
-    processor = AutoProcessor.from_pretrained(folder)
-    content = [{"type": "image", "path": os.fspath(image)} for image in images or []]
-    message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-    inputs = processor.apply_chat_template(
-        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    model = AutoModel.from_pretrained(folder).eval()  # last: it takes longest
-    with torch.inference_mode():
-        output = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    pictures = [read_image(image) for image in images or []]  # first: the model takes longest
+    model, processor = load_model(folder, device, dtype)
+    (text,) = answer(model, processor, [question], [pictures], max_new_tokens=max_new_tokens)
+    return text.strip()

@@ -44,7 +44,7 @@ def card_folder(
     Raises:
         `OSError`: if the folder cannot be written or the Hub refuses.
         `ValueError`: if it is no LaVIN folder, its `README.md` is somebody else's, or results were measured with
-            another adapter.
+            another adapter or do not say with which.
     """
     card = Path(folder, "README.md")
     if not Path(folder, "config.json").is_file():
@@ -87,12 +87,16 @@ def card_folder(
 def _read_results(path: str, folder) -> dict:
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
-        model = results["model"]  # None where a file of predictions was scored that does not say whose they are
+        model, _, _ = results["model"], results["dataset"]["name"], results["scores"]
         name, adapter = (model.get("name"), model["adapter"]) if model else (None, None)
-        results["dataset"]["name"], results["scores"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no `results.json` of `lavin eval`.") from error
-    if model and adapter != adapter_digest(folder):
+    if not model:  # a file of predictions was scored that does not say whose they are
+        raise ValueError(
+            f"{path} does not say which model was measured: evaluate {folder} itself, or score a `predictions.jsonl` "
+            "of `lavin eval`, which does."
+        )
+    if adapter != adapter_digest(folder):
         raise ValueError(
             f"{path} was measured with another adapter{f' (of {name})' if name else ''} than that of {folder}: "
             "evaluate this folder, or name the one that was measured."

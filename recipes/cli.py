@@ -83,6 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("question")
     ask.add_argument("--image", action="append", dest="images", metavar="FILE", help="may be given several times")
     ask.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    ask.add_argument("--device", metavar="DEVICE", help="the GPU where there is one, by default")
+    ask.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the frozen towers; bfloat16 on a GPU and float32 on a CPU, by default",
+    )
     ask.set_defaults(run=run_ask)
 
     export = commands.add_parser("export", help="fold the adapter into plain language models for other engines")

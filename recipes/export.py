@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import lavin  # noqa: F401  (the Auto classes know LaVIN from here on)
 from lavin.recipes import prompt_embeds as image_side
 from lavin.recipes.init import check_new_folder
+from lavin.recipes.load import load_model, load_processor
 
 
 MODALITIES = ("text", "image")
@@ -60,21 +60,22 @@ def export_folder(
 
     Raises:
         `OSError`: if a checkpoint cannot be reached or the folder cannot be written.
-        `ValueError`: if the architecture's maps take no bias, the base is quantised, there is no adapter, or the
-            output folder holds something.
+        `ValueError`: if the architecture's maps take no bias, the base is quantised, there is no adapter, the chat
+            template is another's, or the output folder holds something.
     """
     check_new_folder(output)
     if Path(output, "config.json").exists():
         raise ValueError(f"The output folder {output} holds a LaVIN. Name a new or an empty folder.")
-    processor = AutoProcessor.from_pretrained(model, revision=revision)
-    lavin_model = AutoModel.from_pretrained(model, revision=revision).eval()
     wanted = MODALITIES if modality == "both" else (modality,)
+    tokenizer = text_tokenizer(load_processor(model, revision)) if "text" in wanted else None
+    # On the CPU, for which the image side's program is then made; an engine moves it where it likes.
+    lavin_model, processor = load_model(model, device="cpu", dtype="auto", revision=revision)
     measured = {}
     for name in wanted:
         folder = Path(output, name)
         lavin_model.merge_modality(name).save_pretrained(folder)
         if name == "text":
-            text_tokenizer(processor).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         else:
             write_image_side(lavin_model, processor, folder)
         measured[name] = compare(lavin_model, processor, folder, name)
@@ -89,6 +90,11 @@ def text_tokenizer(processor) -> PreTrainedTokenizerFast:
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != processor.image_token]
     slot = f"{{{{- (' ' if seen.last != 'image' else '') + '{processor.image_token}' -}}}}"
+    if slot not in processor.chat_template:
+        raise ValueError(
+            "This processor's chat template is not LaVIN's, so its image slots cannot be taken out for the text side. "
+            "Export `--modality image`, or give it `DEFAULT_CHAT_TEMPLATE`."
+        )
     refusal = "{{- raise_exception('These weights are folded for text: prompts with images go to the image side.') -}}"
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)),

@@ -219,7 +219,9 @@ def test_ask(pair, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
     fails(capsys, ["ask", str(tmp_path / "light"), "What?", "--image", str(broken)], "broken.png")
-    fails(capsys, ["ask", str(tmp_path / "nothing"), "What?"])
+    missing = str(tmp_path / "missing.png")
+    fails(capsys, ["ask", str(tmp_path / "light"), "What?", "--image", missing], f"There is no image {missing}.")
+    fails(capsys, ["ask", str(tmp_path / "nothing"), "What?"], "There is no folder", "nothing")
 
 
 def test_usage_errors_end_with_2():

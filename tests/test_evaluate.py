@@ -2,29 +2,39 @@
 
 import json
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoModel, GenerationConfig
 
+from lavin.recipes import load
+from lavin.recipes.ask import ask
 from lavin.recipes.cli import main
 from lavin.recipes.data.scienceqa import LETTERS, read_scienceqa
 from lavin.recipes.evaluate import answers as core
-from lavin.recipes.evaluate.answers import answer, load_model, render
+from lavin.recipes.evaluate.answers import answer, read_image, render
 from lavin.recipes.evaluate.letters import letter_batches
 from lavin.recipes.evaluate.run import ask_model
 from lavin.recipes.evaluate.scienceqa import load_questions, parse_letter, score_scienceqa, to_choice
+from lavin.recipes.harness import TASKS
 from lavin.recipes.init import init_folder
+from lavin.recipes.load import default_device, default_dtype, eos_token_ids, load_model
 from lavin.recipes.quickstart.data import write_dataset
 from lavin.recipes.quickstart.quickstart import TAPS, TINY
+from lavin.recipes.serve.answer import AnswerText
+from lavin.recipes.serve.batch import Row
+from lavin.recipes.serve.batcher import Batcher
 
 
 REAL = Path(__file__).parents[2] / "shared" / "scienceqa"
@@ -156,6 +166,16 @@ def test_predictions_that_do_not_fit(example, capsys):
     assert main([*score_arguments(example, split="natural"), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scores["SOC"] is None and scores["NAT"] == 100.0
+    # A score that Python wrote as NaN names no choice.
+    assert main([*write({**PREDICTED, "12": float("nan")}), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["AVG"] == 37.5 and "4 of 8 answers name no choice" in captured.err
+    # Nothing is asked: what says how to ask is no use.
+    for option in ("--mode letters", "--format QCM-A", "--captions", "--batch-size 2", "--dtype float32",
+                   "--max-new-tokens 9"):  # fmt: skip
+        with pytest.raises(SystemExit, match="2"):
+            main([*score_arguments(example), *option.split()])
+        assert f"{option.split()[0]} would do nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -177,7 +197,8 @@ def test_letters(text, choices, expected):
 
 
 @pytest.mark.parametrize("value, expected", [(1, 1), ("1", 1), (1.0, 1), (2, None), (-1, None), (None, None),
-                                             (True, None), (0.5, None), ([1], None)])  # fmt: skip
+                                             (True, None), (0.5, None), ([1], None), (float("nan"), None),
+                                             (float("inf"), None), ("9" * 5000, None)])  # fmt: skip
 def test_indices(value, expected):
     assert to_choice(value, 2) == expected
 
@@ -248,6 +269,66 @@ def test_generation_stops_at_the_tokenizers_eos_and_ignores_sampling(lavin_folde
     assert whole.startswith(cut.rstrip()) and len(cut) < len(whole)
 
 
+def test_ask_eval_and_serve_give_the_same_tokens(lavin_folder, data, tmp_path, capsys):
+    """Whatever a base's generation config says of repetition, and with an end of its own beside the tokenizer's."""
+    question = next(q["prompt"] for q in load_questions(data, "test") if not q["images"])
+    model, processor = load_model(lavin_folder)
+    (whole,) = answer(model, processor, [question], max_new_tokens=12)
+    ids = processor.tokenizer(whole, add_special_tokens=False).input_ids
+    base = shutil.copytree(lavin_folder, tmp_path / "base")
+    odd = {"repetition_penalty": 9.0, "suppress_tokens": ids[:1], "min_new_tokens": 12, "no_repeat_ngram_size": 1}
+    GenerationConfig(**odd, eos_token_id=ids[6]).save_pretrained(base)
+    model, processor = load_model(base)
+    before = model.generation_config.to_dict()
+    assert eos_token_ids(model, processor) == sorted({ids[6], processor.tokenizer.eos_token_id})
+    (said,) = answer(model, processor, [question], max_new_tokens=12)
+    assert whole.startswith(said) and len(said) < len(whole) and model.generation_config.to_dict() == before
+    capsys.readouterr()
+    assert main(["ask", str(base), question, "--max-new-tokens", "12"]) == 0
+    assert capsys.readouterr().out == said.strip() + "\n"
+    prompt = processor(text=[render(processor, question, 0)], return_tensors="pt", add_special_tokens=False)
+    row = Row(prompt["input_ids"][0], None, 12, AnswerText(processor.tokenizer), lambda event: None)
+    batcher = Batcher(model, set(eos_token_ids(model, processor)))
+    batcher.submit(row)
+    while not row.ended:
+        batcher.step()
+    assert row.tokens == ids[: ids.index(ids[6]) + 1]
+    assert said == processor.decode(row.tokens, skip_special_tokens=True)
+
+
+def test_device_and_dtype(lavin_folder, tmp_path, monkeypatch):
+    """Most checkpoints are in half precision, which is slow on a CPU: float32 there unless asked for."""
+    half = shutil.copytree(lavin_folder, tmp_path / "half")
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert load_model(half)[0].dtype == torch.float32
+    assert load_model(half, dtype="auto")[0].dtype == torch.bfloat16
+    assert load_model(half, dtype="float16")[0].dtype == torch.float16
+    for asked, words in (({"dtype": "int8"}, "--dtype must be"), ({"device": "gpu"}, "no device 'gpu'")):
+        with pytest.raises(ValueError, match=words):
+            ask(lavin_folder, "What?", **asked)
+    assert default_dtype("cpu") == "float32" and default_dtype("cuda:1") == "bfloat16"
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert default_device() == ("cuda" if there else "cpu")
+
+
+def test_a_photo_is_turned_as_its_camera_says(tmp_path):
+    upright = Image.new("RGB", (8, 4), "red")
+    upright.paste("blue", (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn to the left
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    file = tmp_path / "photo.jpg"
+    for image in (file, str(file), file.read_bytes(), Image.open(file)):
+        found = read_image(image)
+        assert found.size == (8, 4) and found.mode == "RGB"
+        assert found.getpixel((0, 2))[2] > 200 and found.getpixel((7, 2))[0] > 200
+    file.write_bytes(file.read_bytes()[:-300])
+    with pytest.raises(ValueError, match="photo.jpg cannot be read"):
+        read_image(file)
+
+
 def test_letters_mode_takes_the_most_likely_letter(lavin_folder, data):
     """Against the log-probability of each whole answer's letter, one row at a time."""
     model, processor = load_model(lavin_folder)
@@ -268,6 +349,9 @@ def test_letters_mode_takes_the_most_likely_letter(lavin_folder, data):
                 logits = model(**whole).logits[0, -2]
             assert logits.log_softmax(-1)[whole["input_ids"][0, -1]].item() == pytest.approx(score, abs=1e-4)
         assert len(found[i]) == choices[i]
+    # Where every question has one choice, that is the most likely.
+    ((_, alone),) = letter_batches(model, processor, prompts[:2], images[:2], [1, 1], batch_size=2)
+    assert alone == [pytest.approx(found[i][:1], abs=1e-4) for i in _]
 
 
 def test_scienceqa_end_to_end_and_again(lavin_folder, data, tmp_path, capsys, monkeypatch):
@@ -298,14 +382,14 @@ def test_scienceqa_end_to_end_and_again(lavin_folder, data, tmp_path, capsys, mo
     letters = json.loads((tmp_path / "c" / "results.json").read_text())
     assert letters["scores"]["AVG"] == pytest.approx(100 * right / 30, abs=0.005) and letters["unparsable"] == 0
     # Again: nothing is left to ask, so the model is not even loaded.
-    monkeypatch.setattr(core, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(load, "load_model", lambda *_: pytest.fail("the model was loaded"))
     capsys.readouterr()
     assert main(arguments(lavin_folder, data, tmp_path / "a", "--max-new-tokens", 12, "--json")) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == results["scores"] and "Every answer was there already" in captured.err
 
 
-def test_the_data_sets_form_on_the_hub(lavin_folder, data, tmp_path):
+def test_the_data_sets_form_on_the_hub(lavin_folder, data, tmp_path, capsys):
     """Parquet with a row per question instead of the official files: the same questions, answers and table."""
     rows = [
         {**problem, "image": {"bytes": Path(question["images"][0]).read_bytes()} if question["images"] else None}
@@ -323,6 +407,12 @@ def test_the_data_sets_form_on_the_hub(lavin_folder, data, tmp_path):
         for name in ("official", "parquet")
     )
     assert official == parquet and len(official) == 30
+    # Not the rows that are made of it.
+    rows = tmp_path / "rows"
+    assert main(["data", "scienceqa", "--root", str(data), "--split", "test", "--output", str(rows)]) == 0
+    capsys.readouterr()
+    said = "no column question, image", "`lavin data` wrote it: name the folder that it was made from"
+    fails(capsys, arguments(lavin_folder, rows, tmp_path / "out"), *said)
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same(lavin_folder, data, tmp_path, monkeypatch):
@@ -456,3 +546,11 @@ def test_a_model_of_the_hub(lavin_folder, data, hub, tmp_path):
     command = [word.replace("org/tuned", "org/nothing") for word in command]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "org/nothing" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_harness_task_needs_its_rows_only_when_they_are_loaded(tmp_path, monkeypatch):
+    """lmms-eval imports it with `--include_path` for any task, and reads the rows of those it runs."""
+    monkeypatch.setenv("LAVIN_SCIENCEQA", str(tmp_path / "rows"))
+    task = runpy.run_path(str(TASKS / "utils.py"))
+    with pytest.raises(FileNotFoundError, match="Unable to find .*/rows/test-00000"):
+        datasets.load_dataset("parquet", data_files=task["DATA_FILES"], cache_dir=str(tmp_path / "cache"))

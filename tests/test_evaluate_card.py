@@ -8,7 +8,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from test_cli import TRL_CARD
-from test_evaluate import lavin_folder  # noqa: F401  (a fixture)
+from test_evaluate import data, lavin_folder  # noqa: F401  (fixtures)
 from transformers import AutoModel
 
 from lavin.card_lavin import adapter_digest
@@ -141,3 +141,22 @@ def test_what_lavin_eval_writes_goes_into_the_card(lavin_folder, tmp_path):  # n
         ("lmms-lab/MME", "perception"): 500.0, ("lmms-lab/MME", "cognition"): 200.0,
     }  # fmt: skip
     assert not (folder / ".eval_results" / "text.yaml").exists()
+
+
+def test_scored_predictions_go_in_only_where_they_say_whose_they_are(lavin_folder, data, tmp_path, capsys):  # noqa: F811
+    folder, out = tmp_path / "model", tmp_path / "asked"
+    AutoModel.from_pretrained(lavin_folder).save_pretrained(folder)
+    root = ["eval", "scienceqa", "--root", str(data)]
+    asked = [*root, "--model", str(lavin_folder), "--max-new-tokens", "2", "--batch-size", "30", "--output", str(out)]
+    assert main(asked) == 0
+    answers = {r["id"]: r["answer"] for r in map(json.loads, (out / "predictions.jsonl").open()) if "id" in r}
+    (tmp_path / "foreign.json").write_text(json.dumps(answers))
+    for file in ("foreign.json", "asked/predictions.jsonl"):
+        assert main([*root, "--predictions", str(tmp_path / file), "--output", str(tmp_path / "scored")]) == 0
+        capsys.readouterr()
+        found = main(["card", str(folder), "--results", str(tmp_path / "scored" / "results.json")])
+        if file == "foreign.json":
+            assert found == 2 and "does not say which model was measured" in capsys.readouterr().err
+            assert not measured(folder)
+        else:
+            assert found == 0 and len(measured(folder)) > 3

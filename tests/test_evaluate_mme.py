@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -98,11 +99,15 @@ def test_both_layouts_and_a_worked_example(mme, tmp_path, capsys):
     assert main(command) == 0
     table = capsys.readouterr().out
     assert "No total: existence, position" in table
+    assert re.search(r"^\| -+ \| -+: \| -+: \| -+: \| -+: \| -+: \|$", table, flags=re.M)  # numbers on the right
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
     assert ["count", "75.00", "50.00", "125.00", "1", "4"] in rows
     assert ["celebrity", "50.00", "0.00", "50.00", "0", "4"] in rows
     file.write_text(json.dumps({"count/0.jpg/1": "Yes"}))
     fails(capsys, command, "7 of 8 questions", "count/0.jpg/2")
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--batch-size", "2"])
+    assert "--batch-size would do nothing" in capsys.readouterr().err
 
 
 def test_all_subtasks_have_totals():

@@ -132,6 +132,16 @@ def test_what_a_task_may_not_say(task, tmp_path, capsys):
     fails(capsys, [*command(rows, metric="exact", prompt=prompt), "--mode", "letters"], "is for the metric `letter`")
     wrong = [{**rows[0], "choices": ["a"]}]
     fails(capsys, command(wrong, metric="letter", prompt=prompt), "'x' is no letter or index of 1 choices")
+    many = [{**rows[0], "choices": ["a"] * 11, "answer": 0}]
+    fails(capsys, command(many, metric="letter", prompt=prompt), "row 0: 11 choices", "letters for 10")
+    fails(capsys, command(many, metric="exact", prompt="{options}"), "row 0: 11 choices")
+    unknown = [{**wrong[0], "answer": "A"}, {**rows[0], "choices": None}]
+    fails(capsys, command(unknown, metric="letter", prompt=prompt), "row 1: it has no choices")
+    fails(capsys, command(wrong, metric="letter", prompt=prompt, choices=None), "row 0: it has no choices")
+    for answer in (None, " "):
+        for metric in ("exact", "contains", "letter"):
+            silent = [{**wrong[0], "answer": "A"}, {**wrong[0], "answer": answer}]
+            fails(capsys, command(silent, metric=metric, prompt=prompt), "row 1: the expected answer is empty")
     empty = pyarrow.Table.from_pylist(rows).slice(0, 0)
     pyarrow.parquet.write_table(empty, tmp_path / "rows.parquet")
     fails(capsys, command(None, metric="exact", prompt=prompt), "no rows")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -115,6 +116,14 @@ def test_image_side_takes_several_images_and_refuses_none(exported, trained):
     assert difference(embeds[ids == processor.image_token_id], expected) < 1e-5
     with pytest.raises(ValueError, match="send text to the text side"):
         prompt_embeds(side, QUESTION, [])
+
+
+def test_a_chat_template_of_another_is_refused_before_anything_is_written(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "trained")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="chat template is not LaVIN's"):
+        export_folder(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import batch, tiny_lavin
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -307,6 +308,34 @@ def test_seven_billion_adapter_is_about_15_mb(tmp_path):
     model._save_adapter(tmp_path / "mma", "mma", model._adapter_tensors("mma", state))
     size = sum(path.stat().st_size for path in (tmp_path / "mma").iterdir())
     assert 15e6 < size < 15.5e6
+
+
+def test_dtype_auto_is_the_checkpoints(folder):
+    model = LavinForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    assert model.dtype == LavinForConditionalGeneration.from_pretrained(folder).dtype
+    half = LavinForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_nothing_is_saved_after_a_training_forward_that_was_not_finite(tmp_path):
+    """As under DeepSpeed, which steps over gradients that are not finite: the weights themselves stay finite."""
+    model = tiny_lavin().train()
+    model.config.base_checkpoint = {"name": "org/base", "revision": None}
+    inputs = batch(model.config, (1, 0))
+    model(**inputs)
+    model.save_pretrained(tmp_path / "good", full=False)
+    up = next(p for n, p in model.named_parameters() if "language_model" in n and "adapter_up" in n)
+    with torch.no_grad():
+        up.mul_(1e38)
+    model(**inputs)
+    assert all(p.isfinite().all() for p in model.parameters())
+    with pytest.raises(FloatingPointError, match="output of the last training step.*has diverged"):
+        model.save_pretrained(tmp_path / "bad", full=False)
+    assert not (tmp_path / "bad").exists()
+    with torch.no_grad():
+        up.div_(1e38)
+    model(**inputs)
+    model.save_pretrained(tmp_path / "good", full=False)
 
 
 def test_stale_weights_in_the_output_folder_are_refused(trained, pair, tmp_path):

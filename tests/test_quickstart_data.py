@@ -120,7 +120,7 @@ def test_letters_are_parsed_and_controls_differ():
 
     texts = "The answer is B.", " The answer is (A)", "B", "The answer is"
     assert [parse_letter(text) for text in texts] == [1, 0, None, None]
-    assert percent([True, False, False]) == 33.33 and percent([]) == 0.0
+    assert percent([True, False, False]) == 33.33 and percent([]) is None
     asked = [{"problem": {"category": "ab"[i % 2]}, "image": i} for i in range(10)]
     swapped = other_images(asked)
     assert all(new != old["image"] and new % 2 == old["image"] % 2 for new, old in zip(swapped, asked, strict=True))

@@ -554,7 +554,7 @@ def test_wrong_options(folder, tmp_path, capsys):
     fails("--port", 0, "--max-context", 10**9, message="--max-context must be 2 to 1000000")
     fails("--port", 0, "--max-batch-size", 0, message="--max-batch-size must be above 0")
     fails("--port", 0, "--dtype", "int8", message="--dtype must be")
-    fails("--port", 0, "--device", "cuda:99", message="cannot be moved")
+    fails("--port", 0, "--device", "cuda:99", message="no device 'cuda:99'")
     fails("--port", 0, "--allowed-local-media-path", tmp_path / "none", message="is no folder")
     fails("--host", "0.0.0.0", "--port", 0, "--dtype", "int8", message="can be reached by other machines")
     assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 2

@@ -92,6 +92,14 @@ def adapted_lavin(size: Size, frozen: LavinForConditionalGeneration | None = Non
     return model
 
 
+def describe(size: Size) -> str:
+    """The models of this size in a line."""
+    return (
+        f"language model {size.hidden_size} x {size.layers}, vocabulary {size.vocab_size}; ViT "
+        f"{size.vision_hidden_size} x {size.vision_layers}, {size.image_size} px"
+    )
+
+
 def language_model(model: LavinForConditionalGeneration) -> LlamaForCausalLM:
     """A plain causal language model on a frozen LaVIN's weights, the very same memory: nothing of LaVIN is in it."""
     plain = LlamaForCausalLM(model.config.text_config)
@@ -124,20 +132,35 @@ def make_batch(size: Size, config: LavinConfig, seed: int) -> dict[str, torch.Te
             ids, labels = torch.cat([image, ids]), torch.cat([torch.full_like(image, -100), labels])
         rows.append((ids, labels))
 
-    def pad(sequences, value):
-        return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
-
     images = (size.batch_size + 1) // 2
+    pixels = torch.randn(images, 3, size.image_size, size.image_size, generator=generator)
+    return {**pad_right(rows), "pixel_values": pixels}
+
+
+def pad_right(rows: list[tuple[torch.Tensor, torch.Tensor]], length: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of ids and labels as a right-padded batch, as long as its longest row and at least `length`."""
+
+    def pad(sequences, value):
+        batch = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
+        return torch.nn.functional.pad(batch, (0, max(0, length - batch.shape[1])), value=value)
+
     return {
         "input_ids": pad([ids for ids, _ in rows], 0),
         "attention_mask": pad([torch.ones_like(ids) for ids, _ in rows], 0),
         "labels": pad([labels for _, labels in rows], -100),
-        "pixel_values": torch.randn(images, 3, size.image_size, size.image_size, generator=generator),
     }
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and labels of each row of a batch, without padding."""
+    masks = batch["attention_mask"].bool()
+    return [(i[m], y[m]) for i, y, m in zip(batch["input_ids"], batch["labels"], masks, strict=True)]
 
 
 def embed(model: LavinForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Input embeddings of a batch, image tokens in their places, through frozen towers."""
+    if not len(batch["pixel_values"]):
+        return model.get_input_embeddings()(batch["input_ids"])
     features = model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output
     is_image = batch["input_ids"] == model.config.image_token_id
     embeds = model.get_input_embeddings()(batch["input_ids"].masked_fill(is_image, 0))

@@ -8,7 +8,7 @@ Time of a training step, forward and backward without the optimizer, of LaVIN wi
 
 These three run a bare loop with the models' own forward and loss: logits at every position, loss on the answer's
 tokens. `mma_labelled` is LaVIN in a loop of one's own that asks for logits only where there is a label
-(`logits_to_keep`), which gives the same loss and gradients.
+(`logits_to_keep`), which gives the same loss and gradients; `lora_labelled` is LoRA in such a loop.
 
 LaVIN's step has two things that the base's has not and that no adapter code can make cheaper: the backward of the
 vision tower, whose adapters are trained too, and the routing pass. `base_vision` is the base with the first of them.
@@ -18,30 +18,33 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from .models import Size, adapted_lavin, embed, frozen_lavin, language_model, make_batch
+from .models import Size, adapted_lavin, describe, embed, frozen_lavin, language_model, make_batch
 from .timing import interleave, machine, summary
 
 
 NAME = "step_time"
 GOALS = [
-    ("mma", "base", 1.05),
-    ("mma", "lora", 0.95),
+    ("mma", "base", "at most 1.05"),
+    ("mma", "lora", "at most 0.95"),
     ("mma", "base_vision", None),
     ("mma_labelled", "base", None),
     ("mma_labelled", "lora", None),
+    ("mma_labelled", "lora_labelled", None),
     ("lora", "base", None),
 ]
+ROUNDS = 15
 MAX_BATCHES = 8  # different batches, taken in turn
 
 
-def make_rivals(size: Size, seed: int = 0, lora_dropout: float = 0.0) -> dict:
-    """One function per rival; each runs one training step on the batch of a round."""
+def make_rivals(size: Size, seed: int = 0, lora_dropout: float = 0.0, batches: list[dict] | None = None) -> dict:
+    """One function per rival; each runs one training step on the batch of a round, of `batches` or of its own."""
     frozen = frozen_lavin(size, seed)
     base = language_model(frozen).train()
     lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], lora_dropout=lora_dropout, task_type="CAUSAL_LM")
     lora = get_peft_model(language_model(frozen), lora).train()
     mma = adapted_lavin(size, frozen).train()
-    batches = [make_batch(size, frozen.config, seed=1000 * seed + number) for number in range(MAX_BATCHES)]
+    if batches is None:
+        batches = [make_batch(size, frozen.config, seed=1000 * seed + number) for number in range(MAX_BATCHES)]
 
     def step(model, **inputs):
         for parameter in model.parameters():
@@ -57,6 +60,7 @@ def make_rivals(size: Size, seed: int = 0, lora_dropout: float = 0.0) -> dict:
     def with_vision(batch):
         pixels = batch["pixel_values"].clone().requires_grad_()
         embeds = embed(frozen, {**batch, "pixel_values": pixels})
+        embeds = embeds if embeds.requires_grad else embeds.requires_grad_()  # a batch without images
         step(base, inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["labels"])
 
     def labelled(batch):
@@ -64,14 +68,25 @@ def make_rivals(size: Size, seed: int = 0, lora_dropout: float = 0.0) -> dict:
             parameter.grad = None
         labelled_loss(mma, batch).backward()
 
+    def lora_labelled(batch):
+        for parameter in lora.parameters():
+            parameter.grad = None
+        with torch.no_grad():
+            embeds = embed(frozen, batch)
+        plain, targets = lora.get_base_model(), F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        hidden = plain.model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], use_cache=False)
+        logits = plain.lm_head(hidden.last_hidden_state[targets != -100])
+        F.cross_entropy(logits.float(), targets[targets != -100]).backward()
+
     steps = {
         "base": lambda batch: on_embeds(base, batch, True),
         "base_vision": with_vision,
         "lora": lambda batch: on_embeds(lora, batch, False),
+        "lora_labelled": lora_labelled,
         "mma": lambda batch: step(mma, **batch),
         "mma_labelled": labelled,
     }
-    return {name: lambda number, run=run: run(batches[number % MAX_BATCHES]) for name, run in steps.items()}
+    return {name: lambda number, run=run: run(batches[number % len(batches)]) for name, run in steps.items()}
 
 
 def labelled_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -99,8 +114,7 @@ def run(size: Size, rounds: int, seed: int = 0, lora_dropout: float = 0.0) -> di
         "size": vars(size),
         "lora_dropout": lora_dropout,
         "notes": [
-            f"language model {size.hidden_size} x {size.layers}, vocabulary {size.vocab_size}; ViT "
-            f"{size.vision_hidden_size} x {size.vision_layers}, {size.image_size} px, patch {size.patch_size}",
+            f"{describe(size)}, patch {size.patch_size}",
             f"{size.batch_size} rows, half of them with an image, prompt about {size.prompt_tokens} and answer about "
             f"{size.answer_tokens} tokens, padded to the longest; float32; LoRA dropout {lora_dropout}",
         ],

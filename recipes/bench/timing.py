@@ -15,6 +15,11 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from tqdm import tqdm
+
+
+# How the units of a result are printed.
+UNITS = {"seconds": (1000, "ms"), "samples_per_second": (1, "samples/s"), "megabytes": (1, "MB")}
 
 
 @contextmanager
@@ -79,7 +84,7 @@ def interleave(
         `dict[str, list[float]]`: seconds of each rival in each round.
     """
     names, seconds = list(rivals), {name: [] for name in rivals}
-    for number in range(-warmup, rounds):
+    for number in tqdm(range(-warmup, rounds), desc="rounds", leave=False, disable=None):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             start = clock()
@@ -90,26 +95,42 @@ def interleave(
     return seconds
 
 
-def ratio(seconds: dict[str, list[float]], name: str, to: str) -> dict[str, float]:
-    """Median and quartiles, over the rounds, of one rival's time divided by another's in the same round."""
-    values = sorted(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
-    last = len(values) - 1
-    quartiles = values[round(last * 0.25)], values[round(last * 0.75)]
-    return {"median": statistics.median(values), "low": quartiles[0], "high": quartiles[1]}
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    values, last = sorted(values), len(values) - 1
+    return {
+        "median": statistics.median(values),
+        "low": values[round(last * 0.25)],
+        "high": values[round(last * 0.75)],
+    }
 
 
-def summary(seconds: dict[str, list[float]], ratios: list[tuple[str, str, float | None]]) -> dict:
+def summary(
+    measured: dict[str, list[float]], ratios: list[tuple[str, str, str | None]], unit: str = "seconds"
+) -> dict[str, dict]:
     """
     What a benchmark reports of one measurement.
 
     Args:
-        seconds (`dict[str, list[float]]`): From [`interleave`].
-        ratios (`list[tuple[str, str, float | None]]`): Rival, what it is compared with, and the goal if there is one.
+        measured (`dict[str, list[float]]`): Of each rival in each round, as from [`interleave`].
+        ratios (`list[tuple[str, str, str | None]]`): Rival, what it is compared with in the same round, and the goal
+            if there is one, such as `"at most 1.05"`.
+        unit (`str`, *optional*, defaults to `"seconds"`): What was measured; one of `UNITS`.
+
+    Returns:
+        `dict`: medians by rival under the unit's name, and `ratios`.
     """
-    return {
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "ratios": {f"{name}/{to}": {**ratio(seconds, name, to), "goal": goal} for name, to, goal in ratios},
-    }
+    found = {}
+    for name, to, goal in ratios:
+        values = [a / b for a, b in zip(measured[name], measured[to], strict=True)]
+        found[f"{name}/{to}"] = {**quartiles(values), "goal": goal}
+    return {unit: {name: statistics.median(values) for name, values in measured.items()}, "ratios": found}
+
+
+def reached(median: float, goal: str) -> bool:
+    """Whether a median, to the two decimals that are shown, is within a goal such as `"at most 1.05"`."""
+    kind, _, limit = goal.rpartition(" ")
+    return round(median, 2) <= float(limit) if kind == "at most" else round(median, 2) >= float(limit)
 
 
 def report(result: dict, path: Path):
@@ -120,14 +141,40 @@ def report(result: dict, path: Path):
     print(f"{system['threads']} thread(s), {system['clock']}")
     for line in result["notes"]:
         print(f"  {line}")
-    width = max(len(name) for row in result["results"].values() for name in [*row["seconds"], *row["ratios"]])
+    width = max(len(name) for row in result["results"].values() for values in row.values() for name in values)
     for case, row in result["results"].items():
         print(f"  {case}, median of {result['rounds']} rounds")
-        for name, value in row["seconds"].items():
-            print(f"    {name:<{width}}  {value * 1000:9.2f} ms")
-        for name, value in row["ratios"].items():
-            goal = "" if value["goal"] is None else f"   goal {value['goal']:.2f}"
-            print(f"    {name:<{width}}  {value['median']:9.3f} x  ({value['low']:.3f} .. {value['high']:.3f}){goal}")
+        for unit, (factor, shown) in UNITS.items():
+            for name, value in row.get(unit, {}).items():
+                print(f"    {name:<{width}}  {value * factor:9.2f} {shown}")
+        for kind, sign in (("ratios", "x"), ("differences", "s")):
+            for name, value in row.get(kind, {}).items():
+                goal = "" if value["goal"] is None else f"   goal: {value['goal']}"
+                spread = f"({value['low']:.3f} .. {value['high']:.3f})"
+                print(f"    {name:<{width}}  {value['median']:9.3f} {sign}  {spread}{goal}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"  -> {path}")
+
+
+def goal_rows(results: list[dict]) -> list[dict[str, str]]:
+    """Rows of a table: everything that has a goal, in the results of some benchmarks."""
+    rows = []
+    for result in results:
+        for case, row in result["results"].items():
+            for kind, sign in (("ratios", "x"), ("differences", " s")):
+                for name, value in row.get(kind, {}).items():
+                    if value["goal"] is None:
+                        continue
+                    spread = f"{value['low']:.2f} to {value['high']:.2f}"
+                    rows.append(
+                        {
+                            "benchmark": result["name"],
+                            "case": case,
+                            "compared": name,
+                            "median (quartiles)": f"{value['median']:.2f}{sign} ({spread})",
+                            "goal": f"{value['goal']}{sign}",
+                            "reached": "yes" if reached(value["median"], value["goal"]) else "no",
+                        }
+                    )
+    return rows

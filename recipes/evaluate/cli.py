@@ -16,15 +16,17 @@ def add_eval_parser(commands):
         "--root", required=True, metavar="DIR", help="holds problems.json, pid_splits.json, images/"
     )
     scienceqa.add_argument("--split", default="test", help="default: test")
-    scienceqa.add_argument("--format", default="QCM-ALE", help="as the model was trained; default: QCM-ALE")
+    scienceqa.add_argument(
+        "--format", dest="prompt_format", metavar="FORMAT", help="as the model was trained; default: QCM-ALE"
+    )
     scienceqa.add_argument("--captions", action="store_true", help="add the images' captions to the context")
     _mode(scienceqa)
-    scienceqa.set_defaults(run=run_scienceqa)
+    scienceqa.set_defaults(run=run_scienceqa, fail=scienceqa.error)
 
     mme = kinds.add_parser("mme", help="MME: acc and acc+ of each subtask, perception and cognition")
     _common(mme, "mme", predictions="answer text")
     mme.add_argument("--root", required=True, metavar="DIR", help="holds a folder for each subtask")
-    mme.set_defaults(run=run_mme)
+    mme.set_defaults(run=run_mme, fail=mme.error)
 
     own = kinds.add_parser("own", help="a task of your own, named by a YAML")
     _common(own, "NAME, as the YAML says")
@@ -49,7 +51,9 @@ def _common(parser: argparse.ArgumentParser, folder: str, predictions: str | Non
     parser.add_argument("--batch-size", type=int, metavar="N", help="questions at once; changes the speed only")
     parser.add_argument("--device", help="default: the GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on GPU")
-    parser.add_argument("--json", action="store_true", help="print the scores as one JSON object and nothing else")
+    parser.add_argument(
+        "--json", dest="as_json", action="store_true", help="print the scores as one JSON object and nothing else"
+    )
     if predictions:
         asked.add_argument(
             "--predictions", metavar="FILE", help=f"only score these: JSON from question id to {predictions}"
@@ -59,55 +63,67 @@ def _common(parser: argparse.ArgumentParser, folder: str, predictions: str | Non
 
 def _mode(parser: argparse.ArgumentParser):
     parser.add_argument(
-        "--mode", choices=("generate", "letters"), default="generate",
+        "--mode", choices=("generate", "letters"),
         help='generate an answer, or take the most likely letter after "The answer is"; default: generate',
     )  # fmt: skip
 
 
 def run_scienceqa(
-    model, predictions, root, split, output, format, captions, mode, max_new_tokens, batch_size, device, dtype, json,
-    **_,
+    model, predictions, root, split, output, prompt_format, captions, mode, max_new_tokens, batch_size, device, dtype,
+    as_json, fail, **_,
 ):  # fmt: skip
+    options = {"mode": mode, "batch_size": batch_size, "device": device, "dtype": dtype}
+    if predictions:
+        _not_asked(fail, format=prompt_format, captions=captions, max_new_tokens=max_new_tokens, **options)
     from . import scienceqa as task
 
     if predictions:
         results = task.score_predictions(root, split, predictions)
-        return _scored(task.show(results), results, output, json)
+        return _scored(task.show(results), results, output, as_json)
     output = output or "outputs/eval/scienceqa"
+    given = {name: value for name, value in {"prompt_format": prompt_format, **options}.items() if value is not None}
     results, table = task.evaluate_scienceqa(
-        model, root, split, output, format, captions, max_new_tokens, mode=mode, batch_size=batch_size, device=device,
-        dtype=dtype,
-    )  # fmt: skip
-    _show(table, results, output, json)
+        model, root, split, output, captions=captions, max_new_tokens=max_new_tokens, **given
+    )
+    _show(table, results, output, as_json)
 
 
-def run_mme(model, predictions, root, output, max_new_tokens, batch_size, device, dtype, json, **_):
+def run_mme(model, predictions, root, output, max_new_tokens, batch_size, device, dtype, as_json, fail, **_):
+    options = {"batch_size": batch_size, "device": device, "dtype": dtype, "max_new_tokens": max_new_tokens}
+    if predictions:
+        _not_asked(fail, **options)
     from . import mme as task
 
     if predictions:
         results = task.score_predictions(root, predictions)
-        return _scored(task.show(results), results, output, json)
-    output, limit = output or "outputs/eval/mme", {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    options = {"batch_size": batch_size, "device": device, "dtype": dtype}
-    results, table = task.evaluate_mme(model, root, output, **limit, **options)
-    _show(table, results, output, json)
+        return _scored(task.show(results), results, output, as_json)
+    output = output or "outputs/eval/mme"
+    given = {name: value for name, value in options.items() if value is not None}
+    results, table = task.evaluate_mme(model, root, output, **given)
+    _show(table, results, output, as_json)
 
 
-def run_own(model, config, output, mode, batch_size, device, dtype, json, **_):
+def _not_asked(fail, **options):
+    """Ends with a message where options of asking are given though answers are only scored."""
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, False)]:
+        fail(f"--predictions only scores answers that are there: {', '.join(given)} would do nothing")
+
+
+def run_own(model, config, output, mode, batch_size, device, dtype, as_json, **_):
     from . import own as task
 
     output = output or f"outputs/eval/{task.read_config(config)['name']}"
-    options = {"mode": mode, "batch_size": batch_size, "device": device, "dtype": dtype}
+    options = {"mode": mode or "generate", "batch_size": batch_size, "device": device, "dtype": dtype}
     results, table = task.evaluate_own(model, config, output, **options)
-    _show(table, results, output, json)
+    _show(table, results, output, as_json)
 
 
-def run_text(model, data, output, max_length, batch_size, device, dtype, json, **_):
+def run_text(model, data, output, max_length, batch_size, device, dtype, as_json, **_):
     from . import text as task
 
     output = output or "outputs/eval/text"
     results, table = task.evaluate_text(model, data, output, batch_size, max_length, device, dtype)
-    _show(table, results, output, json)
+    _show(table, results, output, as_json)
 
 
 def _scored(table: str, results: dict, output, as_json: bool):

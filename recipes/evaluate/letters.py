@@ -49,7 +49,8 @@ def letter_batches(
     Yields:
         `tuple(list[int], list[list[float]])`: the rows of a batch, and for each the log-probabilities of its letters.
     """
-    start, tokens = letter_tokens(processor.tokenizer, LETTERS[: max(choices, default=1)])
+    letters = LETTERS[: max([2, *choices])]  # one alone differs from nothing
+    start, tokens = letter_tokens(processor.tokenizer, letters)
     for rows, inputs in batches(processor, prompts, images, batch_size):
         inputs = dict(inputs.to(model.device))
         added = torch.tensor([start] * len(rows), device=model.device)

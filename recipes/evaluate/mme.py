@@ -176,7 +176,8 @@ def show(results: dict) -> str:
         table = [{name: subtask, **rows[subtask]} for subtask in subtasks if subtask in rows]
         total = results["scores"][name]
         # A total over some of the subtasks would look like a bad score.
-        table.append({name: "total", "acc": "", "acc+": "", "score": total, "other": "", "questions": ""})
+        empty = dict.fromkeys(("acc", "acc+", "other", "questions"))
+        table.append({name: "total", **empty, "score": total})
         lines += [markdown_table(table), ""]
         if total is None:
             absent = [subtask for subtask in subtasks if subtask not in rows]

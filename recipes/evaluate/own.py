@@ -90,9 +90,14 @@ def _question(row: dict, config: dict, name: str, file: Path) -> dict:
         return None if wanted is None else row[wanted]
 
     letter = config["metric"] == "letter"
-    choices = column("choices") if letter else None
+    choices = column("choices") if letter else row.get(config["choices"])
+    if letter and (not isinstance(choices, list) or not choices):
+        raise ValueError(f"{file}, row {name}: it has no choices, and the metric `letter` asks for one of them.")
+    choices = choices if isinstance(choices, list) else []
+    if (letter or "{options" in (config["prompt"] or "")) and len(choices) > len(LETTERS):
+        raise ValueError(f"{file}, row {name}: {len(choices)} choices, and there are letters for {len(LETTERS)}.")
     if config["prompt"]:
-        options = " ".join(f"({LETTERS[i]}) {choice}" for i, choice in enumerate(row.get(config["choices"]) or []))
+        options = " ".join(f"({mark}) {choice}" for mark, choice in zip(LETTERS, choices, strict=False))
         try:
             prompt = config["prompt"].format(**{"options": options, **row})
         except (KeyError, IndexError, ValueError) as error:
@@ -111,7 +116,9 @@ def _question(row: dict, config: dict, name: str, file: Path) -> dict:
     expected = column("answer", "answer" if letter else "completion" if "completion" in row else "answer")
     if isinstance(expected, list):  # a completion: messages
         parts = expected[-1]["content"]
-        expected = parts if isinstance(parts, str) else "".join(part["text"] or "" for part in parts)
+        expected = parts if isinstance(parts, str) else "".join(part["text"] or "" for part in parts or [])
+    if expected is None or not str(expected).strip():
+        raise ValueError(f"{file}, row {name}: the expected answer is empty. Fill it in, or leave the row out.")
     question = {"id": name, "prompt": prompt, "images": [_image(image, file) for image in images if image is not None],
                 "group": str(column("group")) if config["group"] else None}  # fmt: skip
     if not letter:

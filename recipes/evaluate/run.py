@@ -37,7 +37,7 @@ def ask_model(
         max_new_tokens (`int`, *optional*, defaults to 64): Longest answer, in tokens.
         mode (`str`, *optional*, defaults to `"generate"`): Or `"letters"`: scores the letters' logits.
         batch_size (`int`, *optional*): Questions at once; 16 by default.
-        device, dtype (`str`, *optional*): As of [`~answers.load_model`].
+        device, dtype (`str`, *optional*): As of [`~load.load_model`].
 
     Returns:
         `tuple(dict, dict)`: the records by id (`answer`, and `scores` in the mode `letters`), and what `results.json`
@@ -47,8 +47,9 @@ def ask_model(
         `OSError`, `ValueError`: if model, images or the file of answers are not right; the message says what to do.
     """
     from lavin.recipes.data.scienceqa import ANSWER_START, LETTERS
+    from lavin.recipes.load import default_device, default_dtype, load_model, load_processor
 
-    from .answers import BATCH_SIZE, default_device, default_dtype, generate_batches, load_model, load_processor
+    from .answers import BATCH_SIZE, generate_batches
     from .letters import letter_batches
     from .predictions import collect_answers, model_identity, questions_digest
 

@@ -19,6 +19,7 @@ from .run import ask_model, check_ids, markdown_table, percent, read_answer_file
 
 ANSWER = re.compile(r"The answer is \(?([A-Z])\b")
 HUB = "derek-thomas/ScienceQA"
+COLUMNS = ("question", "image", "choices", "answer", "hint", "subject", "grade")  # of the Hub's form, to ask and score
 SIZES = {"train": 12726, "val": 4241, "validation": 4241, "test": 4241}  # of the real data set
 
 
@@ -59,12 +60,14 @@ def parse_letter(text: str, choices: int = len(LETTERS)) -> int | None:
 def to_choice(value, choices: int) -> int | None:
     """The choice that a prediction names, given as index (also written as text: "2") or as answer text."""
     if isinstance(value, str):
-        if not re.fullmatch(r"\s*\d+\s*", value):
+        if not re.fullmatch(r"\s*\d{1,9}\s*", value):
             return parse_letter(value, choices)
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+    if isinstance(value, float):  # JSON as Python writes it may hold NaN and Infinity
+        value = int(value) if value.is_integer() else None
+    if isinstance(value, bool) or not isinstance(value, int):
         return None
-    return int(value) if 0 <= value < choices else None
+    return value if 0 <= value < choices else None
 
 
 def score_scienceqa(problems: dict[str, dict], predictions: dict) -> tuple[dict[str, float | None], int]:
@@ -191,6 +194,14 @@ def read_problems(root: str | os.PathLike, split: str) -> dict[str, dict]:
         import pyarrow.parquet as parquet
 
         source = ScienceQA(root, split)
+        for file in source.parquet:
+            names = parquet.read_schema(file).names
+            if missing := [name for name in COLUMNS if name not in names]:
+                made = "`lavin data` wrote it: name the folder that it was made from" if "prompt" in names else ""
+                raise ValueError(
+                    f"{file} is not ScienceQA: it has no column {', '.join(missing)}. "
+                    f"{made or 'Name the official files, or the data set as it is on the Hub'}."
+                )
         rows = (row for file in source.parquet for row in parquet.read_table(file).to_pylist())
         problems = {source.name(i): row for i, row in enumerate(rows)}
     if not problems:

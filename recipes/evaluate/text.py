@@ -12,8 +12,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavin.folder_lavin import ADAPTER_NAME
+from lavin.recipes.load import default_device, default_dtype, load_model
 
-from .answers import default_device, default_dtype, load_model
 from .predictions import model_identity
 from .run import check_positive, markdown_table, write_results
 
@@ -188,7 +188,7 @@ def evaluate_text(
         output (`str` or `os.PathLike`): The folder for the results.
         batch_size (`int`, *optional*): Rows at once; 8 by default.
         max_length (`int`, *optional*, defaults to 1024): Tokens of one piece of a document, BOS included.
-        device, dtype (`str`, *optional*): As of [`~answers.load_model`].
+        device, dtype (`str`, *optional*): As of [`~load.load_model`].
 
     Returns:
         `tuple(dict, str)`: what `results.json` holds, and the table.

@@ -4,26 +4,25 @@ import random
 import time
 from pathlib import Path
 
-from lavin.recipes.data.scienceqa import format_question, image_path, read_scienceqa
+from lavin.recipes.evaluate import scienceqa
 from lavin.recipes.evaluate.answers import answer, read_image
-from lavin.recipes.evaluate.scienceqa import parse_letter
+from lavin.recipes.evaluate.run import percent
+from lavin.recipes.evaluate.scienceqa import GROUPS, parse_letter
 
 
 def load_questions(folder: str | Path, split: str = "test", prompt_format: str = "QCM-ALE") -> list[dict]:
     """
-    Reads a split's questions with their images.
+    Reads a split's questions with their images and records.
 
     Returns:
         `list[dict]`: `id`, `problem` (the record), `prompt` (text) and `image` (RGB, or `None`).
     """
-    questions = []
-    for pid, problem in read_scienceqa(folder, split).items():
-        path = image_path(folder, pid, problem)
-        prompt = format_question(problem, prompt_format.partition("-")[0])
-        questions.append(
-            {"id": pid, "problem": problem, "prompt": prompt, "image": read_image(path) if path else None}
-        )
-    return questions
+    problems = scienceqa.read_problems(folder, split)
+    return [
+        {"id": asked["id"], "problem": problems[asked["id"]], "prompt": asked["prompt"],
+         "image": read_image(asked["images"][0]) if asked["images"] else None}
+        for asked in scienceqa.load_questions(folder, split, prompt_format)
+    ]  # fmt: skip
 
 
 def other_images(questions: list[dict], seed: int = 0) -> list:
@@ -39,11 +38,6 @@ def other_images(questions: list[dict], seed: int = 0) -> list:
             pass
         chosen.append(other["image"])
     return chosen
-
-
-def percent(right: list[bool]) -> float:
-    """Share of `True` in percent, two decimals."""
-    return round(100 * sum(right) / len(right), 2) if right else 0.0
 
 
 def evaluate(model, processor, questions: list[dict], batch_size: int = 64) -> dict[str, float]:
@@ -75,16 +69,11 @@ def evaluate(model, processor, questions: list[dict], batch_size: int = 64) -> d
     letters = ask(questions, [question["image"] for question in questions])
     right = [letter == problem["answer"] for letter, problem in zip(letters, problems, strict=True)]
 
-    def share(chosen) -> float:
+    def share(chosen) -> float | None:
         return percent([ok for ok, problem in zip(right, problems, strict=True) if chosen(problem)])
 
-    scores = {
-        "TXT": share(lambda p: p["hint"]),
-        "IMG": share(lambda p: p["image"]),
-        "NO": share(lambda p: not p["hint"] and not p["image"]),
-        "AVG": percent(right),
-        "text_only": share(lambda p: not p["image"]),
-    }
+    scores = {name: share(GROUPS[name]) for name in ("TXT", "IMG", "NO", "AVG")}
+    scores["text_only"] = share(lambda p: not p["image"])
     pictured = [question for question in questions if question["image"] is not None]
     for category in sorted({question["problem"]["category"] for question in pictured}):
         scores[f"{category}s"] = share(lambda p, category=category: p["image"] and p["category"] == category)

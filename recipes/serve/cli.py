@@ -18,7 +18,9 @@ def add_serve_parser(commands):
     )
     parser.add_argument("--served-model-name", metavar="NAME", help="the folder's name by default")
     parser.add_argument("--device", metavar="DEVICE", help="a GPU where there is one, else cpu")
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16, float16 or auto (the checkpoint's); bfloat16 on a GPU, else float32"
+    )
     parser.add_argument(
         "--allowed-local-media-path", metavar="DIR", help="images may be `file://` URLs below it; none by default"
     )

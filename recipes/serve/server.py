@@ -7,11 +7,9 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
 import uvicorn
-from transformers import AutoModel, AutoProcessor
 
-import lavin  # noqa: F401  (the Auto classes know LaVIN from here on)
+from lavin.recipes.load import eos_token_ids, load_model
 
 from .app import create_app
 from .batch import check_cache
@@ -52,7 +50,7 @@ def serve(
     api_key: str | None = None,
     served_model_name: str | None = None,
     device: str | None = None,
-    dtype: str = "auto",
+    dtype: str | None = None,
     allowed_local_media_path: str | os.PathLike | None = None,
     max_batch_size: int = 32,
     max_batch_tokens: int = 32_768,
@@ -96,7 +94,7 @@ def serve(
             "set an API key (LAVIN_API_KEY).",
             file=sys.stderr,
         )
-    model, processor = load(folder, revision, device, dtype)
+    model, processor = load_model(folder, device, dtype, revision)
     check_cache(model)
     name = served_model_name or (Path(folder).resolve().name if Path(folder).is_dir() else str(folder))
     context = context_length(model, max_context)
@@ -116,7 +114,7 @@ def serve(
         print(
             f"lavin serve: warning: not followed from generation_config.json: {', '.join(unfollowed)}", file=sys.stderr
         )
-    batcher = Batcher(model, eos_token_ids(model, processor), max_batch_size, max_batch_tokens)
+    batcher = Batcher(model, set(eos_token_ids(model, processor)), max_batch_size, max_batch_tokens)
     app = create_app(batcher, processor, model.generation_config, name, limits, api_key, local)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(name)s: %(message)s")
     server = Server(uvicorn.Config(app, timeout_graceful_shutdown=int(grace) + 10, server_header=False))
@@ -151,22 +149,6 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def load(folder: str | os.PathLike, revision: str | None = None, device: str | None = None, dtype: str = "auto"):
-    """The model in eval mode on its device, and its processor."""
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    processor = AutoProcessor.from_pretrained(folder, revision=revision)
-    model = AutoModel.from_pretrained(folder, revision=revision, dtype=dtype)
-    if model.config.model_type != "lavin" or not hasattr(processor, "image_token_id"):
-        raise ValueError(f"{folder} is no LaVIN folder: it is of type {model.config.model_type!r}.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch has no kind of its own for a device that is not there
-        raise ValueError(f"The model cannot be moved to {device!r}: {str(error).splitlines()[0]}") from error
-    return model.eval(), processor
-
-
 def context_length(model, wanted: int | None) -> int:
     """
     Raises:
@@ -178,9 +160,3 @@ def context_length(model, wanted: int | None) -> int:
     if wanted is not None and (wanted < 2 or (own is not None and wanted > own)):
         raise ValueError(f"--max-context must be 2 to {own or 'any number'}, got {wanted}.")
     return wanted or own
-
-
-def eos_token_ids(model, processor) -> set[int]:
-    found = model.generation_config.eos_token_id
-    found = processor.tokenizer.eos_token_id if found is None else found
-    return set(found) if isinstance(found, (list, tuple)) else set() if found is None else {found}

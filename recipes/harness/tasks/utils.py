@@ -8,21 +8,14 @@ from lavin.recipes.data.scienceqa import LETTERS
 from lavin.recipes.evaluate.scienceqa import parse_letter
 
 
-def data_files() -> dict[str, str]:
+def data_files() -> dict[str, list[str]]:
     """
     The rows' files: `test-*.parquet` in the folder that the environment variable `LAVIN_SCIENCEQA` names, by default
-    `data/scienceqa`.
-
-    Raises:
-        `FileNotFoundError`: if there are none.
+    `data/scienceqa`. Where there are none, `datasets` names the one it misses when the task is loaded, not before:
+    `--include_path` imports this for other tasks too.
     """
-    pattern = Path(os.environ.get("LAVIN_SCIENCEQA", "data/scienceqa"), "test-*.parquet")
-    if not glob(str(pattern)):
-        raise FileNotFoundError(
-            f"There is no {pattern}. Write the rows with `lavin data scienceqa --root ScienceQA --split test --output "
-            "DIR` and name that folder: LAVIN_SCIENCEQA=DIR."
-        )
-    return {"test": str(pattern.absolute())}
+    folder = Path(os.environ.get("LAVIN_SCIENCEQA", "data/scienceqa")).absolute()
+    return {"test": sorted(glob(str(folder / "test-*.parquet"))) or [str(folder / "test-00000-of-00001.parquet")]}
 
 
 DATA_FILES = data_files()

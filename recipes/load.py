@@ -1,0 +1,96 @@
+"""Loads a LaVIN to answer with, for `lavin ask`, `eval`, `serve` and lmms-eval alike."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from lavin import LavinForConditionalGeneration, LavinProcessor
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_processor(name: str | os.PathLike, revision: str | None = None) -> LavinProcessor:
+    """
+    The processor of a LaVIN folder or Hub name.
+
+    Raises:
+        `OSError`, `ValueError`: if there is no LaVIN, or it has no processor.
+    """
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        _check_folder(Path(name))
+    elif name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        raise ValueError(f"There is no folder {name}. Name a LaVIN folder (the output of `trl sft`) or a Hub name.")
+    return LavinProcessor.from_pretrained(name, revision=revision)
+
+
+def load_model(
+    name: str | os.PathLike,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+) -> tuple[LavinForConditionalGeneration, LavinProcessor]:
+    """
+    Loads model and processor, ready to answer.
+
+    Args:
+        name (`str` or `os.PathLike`): A LaVIN folder or its name on the Hub.
+        device (`str`, *optional*): By default the GPU where there is one, else the CPU.
+        dtype (`str` or `torch.dtype`, *optional*): Of the frozen towers; what was trained stays float32. By default
+            bfloat16 on a GPU and float32 on a CPU; `"auto"` is the checkpoint's.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub name.
+
+    Returns:
+        `tuple(LavinForConditionalGeneration, LavinProcessor)`: the model in eval mode.
+
+    Raises:
+        `OSError`, `ValueError`: if it cannot be loaded; the message says why.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    processor = load_processor(name, revision)
+    device = default_device() if device is None else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"There is no device {device!r} for torch here: {str(error).splitlines()[0]}") from error
+    dtype = default_dtype(device) if dtype is None else dtype
+    model = LavinForConditionalGeneration.from_pretrained(name, revision=revision, dtype=dtype)
+    try:
+        return model.to(device).eval(), processor
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"The memory of {device} does not hold {name}: {str(error).splitlines()[0]}") from error
+
+
+def default_device() -> str:
+    """`"cuda"` where there is a GPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slow."""
+    return "float32" if str(device).startswith("cpu") else "bfloat16"
+
+
+def eos_token_ids(model, processor) -> list[int]:
+    """
+    The tokens that end an answer: those of the generation config, and the tokenizer's, which training wrote at the end
+    of an answer and of which a base model's generation config may know nothing.
+    """
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, (list, tuple)) else [known]
+    return sorted({*known, processor.tokenizer.eos_token_id} - {None})
+
+
+def _check_folder(folder: Path):
+    if not (folder / "config.json").is_file():
+        checkpoints = sorted(folder.glob("checkpoint-*"))
+        way_out = f"It holds {checkpoints[-1].name}: name that" if checkpoints else "Name the output of `trl sft`"
+        raise ValueError(f"{folder} is no LaVIN folder: it has no config.json. {way_out}.")
+    if not (folder / "processor_config.json").is_file():
+        raise ValueError(
+            f"{folder} has no processor (processor_config.json): copy the processor's files from the folder that "
+            "training started from, or save it there with `LavinProcessor.save_pretrained`."
+        )
