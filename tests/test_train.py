@@ -29,7 +29,7 @@ from test_trl import DDP, ZERO3, adapter, distance
 from transformers import AutoModel, AutoProcessor
 
 from lavin import LavinProcessor
-from lavin.recipes.train import checkpoints, checks, launch, settings, train
+from lavin.recipes.train import checkpoints, checks, launch, record, settings, train
 from lavin.recipes.train.rows import check_columns, check_rows, load_rows, measure
 
 
@@ -212,7 +212,7 @@ def test_pushes_that_nobody_could_use_are_refused(light, tmp_path):
     config = LavinConfig(text_checkpoint="org/text", vision_checkpoint="org/vision")
     push = {"model_name_or_path": "org/x", "push_to_hub": True, "hub_strategy": "end"}
     checks.check_push(said(**push), config, [])
-    with pytest.raises(ValueError, match="on this machine .*pair0/text"):
+    with pytest.raises(ValueError, match="on this machine .*/text"):
         checks.check_push(said(**push), LavinConfig.from_pretrained(light), [])
     with pytest.raises(ValueError, match="hub_strategy: end"):
         checks.check_push(said(**{**push, "hub_strategy": "every_save"}), config, [])
@@ -648,7 +648,13 @@ def test_which_checkpoint_is_chosen(finished, tmp_path, capsys):
 
     assert choose() == (newest, True) and choose(steps=30) == (newest, False)
     assert choose(resume_from_checkpoint=str(oldest)) == (oldest, False), "the user's goes first"
-    assert choose(resume_from_checkpoint=False) == (None, False)
+    for no in (False, "false"):
+        with pytest.raises(ValueError, match="holds checkpoint-24 of an earlier run.*Name another `output_dir`"):
+            choose(resume_from_checkpoint=no)
+        assert train.choose_checkpoint(said(output_dir=str(tmp_path / "new"), resume_from_checkpoint=no), 24) == (
+            None,
+            False,
+        )
     shutil.copytree(oldest / "mma", output / "mma", dirs_exist_ok=True)
     assert choose() == (newest, False), "killed before the result was written"
     (newest / "scheduler.pt").unlink()
@@ -690,6 +696,137 @@ def test_zero_checkpoints_are_for_as_many_processes(finished, tmp_path):
         train.choose_checkpoint(said(output_dir=str(output)), 99)
     os.truncate(states / "zero_pp_rank_1_mp_rank_00_optim_states.pt", 999)
     assert "rank_1_mp_rank_00_optim_states.pt is cut off" in checkpoints.checkpoint_problem(newest, 2)
+
+
+RUN = {
+    "learning_rate": 0.01, "lr_scheduler_type": "cosine", "adam_beta2": 0.99, "weight_decay": 0.02, "seed": 1,
+    "per_device_train_batch_size": 4, "model_init_kwargs": {"mma": {}},
+}  # fmt: skip
+
+
+def record_of(light, data, steps=24, processes=1, **changes) -> dict:
+    from lavin import LavinConfig
+
+    columns = ["prompt", "completion"]
+    measured = measure("train", data, columns, "images", LavinProcessor.from_pretrained(light), None)
+    config = LavinConfig.from_pretrained(light)
+    return record.describe(said(processes, **{**RUN, **changes}), config, data, columns, measured, steps)
+
+
+@pytest.fixture
+def recorded(light, rows, tmp_path):
+    """Rows, and a checkpoint of a run on them that the launcher has recorded."""
+    data, checkpoint = Dataset.from_parquet(str(rows)), tmp_path / "run" / "checkpoint-12"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 12, "max_steps": 24}')
+    record.write_record(tmp_path / "run", record_of(light, data))
+    return data, checkpoint
+
+
+@pytest.mark.parametrize(
+    ("change", "said_"),
+    [
+        ({"learning_rate": 0.02}, "learning_rate: 0.01 before, 0.02 now"),
+        ({"lr_scheduler_type": "linear"}, 'lr_scheduler_type: "cosine" before, "linear" now'),
+        ({"adam_beta2": 0.999}, "adam_beta2: 0.99 before, 0.999 now"),
+        ({"weight_decay": 0.0}, "weight_decay: 0.02 before"),
+        ({"seed": 2}, "seed: 1 before, 2 now"),
+        ({"gradient_accumulation_steps": 2}, "rows per step .*: 4 before, 8 now"),
+        ({"per_device_train_batch_size": 2}, "rows per step .*: 4 before, 2 now"),
+        ({"steps": 20}, "max_steps, num_train_epochs.*: 24 before, 20 now"),
+    ],
+)
+def test_changed_settings_are_refused(light, recorded, change, said_):
+    data, checkpoint = recorded
+    with pytest.raises(ValueError, match="(?s)" + said_ + ".*restore.*another `output_dir`.*`model_name_or_path: "):
+        record.compare_record(checkpoint, record_of(light, data, **change))
+
+
+def test_what_does_not_shape_the_training_may_change(light, recorded, tmp_path):
+    """Layout, logs, moved files; a longer run, with a warning; a run that nothing is known of."""
+    data, checkpoint = recorded
+    data.to_parquet(tmp_path / "moved.parquet")
+    moved = Dataset.from_parquet(str(tmp_path / "moved.parquet"))
+    layout = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "processes": 2}
+    assert record.compare_record(checkpoint, record_of(light, moved, **layout, save_steps=7, report_to=["x"])) is None
+    longer = record.compare_record(checkpoint, record_of(light, data, steps=48))
+    assert re.search("48 steps long instead of 24, .*computed anew.* at step 12", longer)
+    record.write_record(checkpoint.parent, record_of(light, data, steps=48))
+    assert record.compare_record(checkpoint, record_of(light, data)) is None, "the checkpoint is still of 24"
+    other = record_of(light, data, learning_rate=1.0)
+    for text in ("{", None):
+        file = checkpoint.parent / record.RECORD
+        file.unlink() if text is None else file.write_text(text)
+        assert record.compare_record(checkpoint, other) is None
+
+
+def test_other_rows_are_refused(light, recorded):
+    """Fewer, in another order, or with other words in the middle: the first and the last row would not tell."""
+    data, checkpoint = recorded
+
+    def edit(row, i):
+        row["completion"][0]["content"][0]["text"] = (
+            "blue red" if i == 17 else row["completion"][0]["content"][0]["text"]
+        )
+        return row
+
+    for other in (data.select(range(31)), data.select([0, 2, 1, *range(3, 32)]), data.map(edit, with_indices=True)):
+        with pytest.raises(ValueError, match=r"rows .number, hash of texts and lengths.: .32, "):
+            record.compare_record(checkpoint, record_of(light, other))
+
+
+def test_another_adapter_than_the_checkpoints_is_refused(light, tmp_path):
+    from lavin import LavinConfig
+
+    model, config = AutoModel.from_pretrained(light, mma={"r": 4, "dropout": 0.0}), LavinConfig.from_pretrained(light)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+
+    def check(**mma):
+        values = {"model_name_or_path": str(light), "model_init_kwargs": {"mma": mma}}
+        checks.check_adapter(said(**values), config, tmp_path / "checkpoint-1")
+
+    check(r=4, dropout=0.0)
+    for mma, match in [({}, "dropout: 0.0 there, 0.1 in the recipe; r: 4 there, 8"), ({"r": 4}, "dropout"),
+                       ({"r": 4, "dropout": 0.0, "text_mlp": True}, "text_mlp: False there, True")]:  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            check(**mma)
+
+
+@pytest.mark.parametrize("option", [["--resume_from_checkpoint", "false"], ["--resume_from_checkpoint=False"]])
+def test_resume_false_is_not_passed_on(tmp_path, option):
+    file = tmp_path / "x.yaml"
+    file.write_text("seed: 1")
+    found = said(resume_from_checkpoint="false")
+    found.arguments[:] = ["--config", "x", *option, "--seed", "2"]
+    assert train._without_false(found, file) == ["--config", "x", "--seed", "2"]
+    file.write_text("resume_from_checkpoint: run/checkpoint-2")
+    with pytest.raises(ValueError, match="names one: remove it there"):
+        train._without_false(found, file)
+
+
+@pytest.mark.parametrize(
+    ("code", "again"), [(143, "the same"), (137, "the same"), (1, "once the cause is gone, the same")]
+)
+def test_what_to_do_after_a_failure(tmp_path, capsys, code, again):
+    assert train._after_failure(said(output_dir=str(tmp_path)), code, 0) == code
+    assert f"no whole checkpoint yet; {again} command starts" in capsys.readouterr().err
+
+
+def test_zero2_in_bfloat16_is_warned_about():
+    for stage, bf16, count in [(2, True, 1), (1, True, 1), (2, False, 0), (3, True, 0), (None, True, 0)]:
+        found = said(**GOOD, bf16=bf16)
+        found.zero_stage = stage
+        warnings = checks.check_options(found)
+        assert len(warnings) == count and all("--bf16 false" in warning for warning in warnings)
+
+
+@pytest.mark.slow
+def test_zero_stage_is_read_from_the_accelerate_config(worker, tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(ZERO3))
+    values = {**CPU, "accelerate_config": str(tmp_path / "a.yaml")}
+    assert parsed(worker, tmp_path, values).zero_stage == 3
+    assert parsed(worker, tmp_path, values, "--zero_stage", "2").zero_stage == 2
+    assert parsed(worker, tmp_path, CPU).zero_stage is None
 
 
 def test_a_second_launcher_is_kept_out(tmp_path):
@@ -782,6 +919,36 @@ def test_rows_beyond_max_length_are_refused_by_the_command(light, rows, tmp_path
 
 
 @pytest.mark.slow
+def test_an_edited_recipe_does_not_go_on_unnoticed(finished, light, rows, tmp_path):
+    """By the real command: refused with names and values; a longer run goes on with a warning, and the rate jumps."""
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    moved = tmp_path / "moved.parquet"
+    shutil.copy(rows, moved)
+    command = recipe(tmp_path, light, moved)
+    log = run([*command, "--learning_rate", "0.02", "--gradient_accumulation_steps", "2"], code=2)
+    assert "learning_rate: 0.01 before, 0.02 now" in log and "gradient_accumulation_steps): 4 before, 8 now" in log
+    assert "model_name_or_path: " + str(output) in log and "another `output_dir`" in log and "$ trl" not in log
+    log = run([*command, "--model_init_kwargs", '{"mma": {"r": 4}}'], code=2)
+    assert "checkpoint-24 holds an adapter with other settings" in log and "r: 8 there, 4 in the recipe" in log
+    log = run([*command, "--resume_from_checkpoint", "false"], code=2)
+    assert "an earlier run" in log
+    log = run([*command, "--max_steps", "26"])
+    assert "Warning: the run is now 26 steps long instead of 24" in log and "Starts       at step 24" in log
+    history = checkpoints.read_state(output / "checkpoint-26")["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
+    assert rates[25] > rates[24], "the old schedule would stay at 0"
+    assert "24 steps" not in run([*command, "--max_steps", "26"]) and losses(output)[:24] == losses(finished[0])
+    assert "steps (max_steps, num_train_epochs): 26 before, 20 now" in run([*command, "--max_steps", "20"], code=2)
+
+
+@pytest.mark.slow
+def test_resume_false_never_reaches_trl(light, rows, tmp_path):
+    log = run([*recipe(tmp_path, light, rows, max_steps=1), "--resume_from_checkpoint", "false"])
+    assert "Starts       at the beginning" in log and "resume_from_checkpoint" not in log
+
+
+@pytest.mark.slow
 def test_two_processes_stop_and_go_on(light, rows, tmp_path):
     """SIGTERM for the launcher alone ends all ranks; the same command goes on; what it leaves loads."""
     command = recipe(tmp_path, light, rows, per_device_train_batch_size=2, max_steps=60)
@@ -798,8 +965,6 @@ def test_two_processes_stop_and_go_on(light, rows, tmp_path):
     text = (tmp_path / "log").read_text()
     assert "Batch        2 processes x 2 rows x 1 accumulated = 4 rows" in text
     assert "Stopped." in text and "the same command goes on from it" in text
-    log = run(
-        [*command, "--max_steps", "8"] if checkpoints.step_of(checkpoints.list_checkpoints(output)[0]) < 8 else command
-    )
+    log = run(command)
     assert "Starts       at step" in log and AutoModel.from_pretrained(output).active_adapters() == ["mma"]
     assert AutoProcessor.from_pretrained(output).image_token == "<image>"

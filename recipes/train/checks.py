@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from peft import inject_adapter_in_model
+from peft import PeftConfig, inject_adapter_in_model
 
 from lavin import LavinConfig, LavinProcessor, MMAConfig
 from lavin.folder_lavin import (
@@ -61,6 +61,11 @@ def check_options(settings: Settings) -> list[str]:
     warnings = []
     if settings["logging_nan_inf_filter"] and "logging_nan_inf_filter" in settings.given:
         warnings.append("`logging_nan_inf_filter: true` shows the last finite loss in place of NaN: better false.")
+    if settings.zero_stage in (1, 2) and settings["bf16"]:
+        warnings.append(
+            f"ZeRO-{settings.zero_stage} with `bf16: true` casts what is trained, and the saved adapter is rounded to "
+            "bfloat16: add `--bf16 false`; the base stays in bfloat16 by `dtype: bfloat16`."
+        )
     if settings["save_only_model"]:
         warnings.append("`save_only_model: true` leaves no optimiser in the checkpoints: they cannot be resumed from.")
     if settings["save_strategy"] == "no":
@@ -79,9 +84,7 @@ def check_model(settings: Settings) -> tuple[LavinConfig, LavinProcessor, int]:
         `OSError`: if the folder, or a checkpoint that it names, cannot be reached.
         `ValueError`: if it is no LaVIN folder that `trl sft` can load, or has another adapter than `mma` asks for.
     """
-    name, hub = settings["model_name_or_path"], {}
-    if settings["model_revision"] not in (None, "main"):
-        hub["revision"] = settings["model_revision"]
+    name, hub = settings["model_name_or_path"], hub_arguments(settings)
     make = "`lavin init --vision NAME --text NAME --output DIR` makes one."
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") != 1):
         raise ValueError(f"There is no model folder {name} (paths start at {Path.cwd()}). {make}")
@@ -122,15 +125,54 @@ def check_model(settings: Settings) -> tuple[LavinConfig, LavinProcessor, int]:
 
 def count_trained(config: LavinConfig, settings: Settings, hub: dict) -> int:
     """The number of values in the adapter that `model_init_kwargs.mma` asks for, which must fit a stored one."""
-    name, mma = settings["model_name_or_path"], (settings["model_init_kwargs"] or {}).get("mma")
-    if mma is None:
+    adapter, model = asked_adapter(settings, hub), meta_model(config)
+    if adapter is None:
         return 0
-    has_adapter = _find(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
-    stored = MMAConfig.from_pretrained(name, subfolder=ADAPTER_NAME, **hub) if has_adapter else None
-    adapter, model = _trainable_config(mma, stored, name), meta_model(config)
     with torch.device("meta"):
         inject_adapter_in_model(adapter, model, ADAPTER_NAME)
     return sum(p.numel() for n, p in model.named_parameters() if f".{ADAPTER_NAME}." in n)
+
+
+def asked_adapter(settings: Settings, hub: dict) -> MMAConfig | None:
+    """The adapter that will be trained: that of the model's folder, or what `model_init_kwargs.mma` asks for."""
+    name, mma = settings["model_name_or_path"], (settings["model_init_kwargs"] or {}).get("mma")
+    if mma is None:
+        return None
+    has_adapter = _find(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
+    stored = MMAConfig.from_pretrained(name, subfolder=ADAPTER_NAME, **hub) if has_adapter else None
+    return _trainable_config(mma, stored, name)
+
+
+def check_adapter(settings: Settings, config: LavinConfig, checkpoint: Path):
+    """
+    Raises:
+        `ValueError`: if a checkpoint holds another adapter than the recipe's model would begin with.
+    """
+    asked = asked_adapter(settings, hub_arguments(settings))
+    if asked is None:
+        return
+    with torch.device("meta"):  # fills in the target modules, as they are stored
+        inject_adapter_in_model(asked, meta_model(config), ADAPTER_NAME)
+    new, old = asked.to_dict(), MMAConfig.from_pretrained(checkpoint, subfolder=ADAPTER_NAME).to_dict()
+    changed = [
+        f"{key}: {old[key]!r} there, {new[key]!r} in the recipe"
+        for key in sorted(set(MMAConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__))
+        if _plain(old[key]) != _plain(new[key])
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} holds an adapter with other settings than `model_init_kwargs.mma` asks for "
+            f"({'; '.join(changed)}). Restore the values to go on with that run, or name another `output_dir`."
+        )
+
+
+def _plain(value):
+    return sorted(value) if isinstance(value, list | tuple | set) else value  # names have no order
+
+
+def hub_arguments(settings: Settings) -> dict:
+    """The revision of the model, where the recipe names one."""
+    return {} if settings["model_revision"] in (None, "main") else {"revision": settings["model_revision"]}
 
 
 def check_push(settings: Settings, config: LavinConfig, report_to: list[str]):

@@ -57,7 +57,8 @@ def run_watched(command: list[str]) -> int:
         if child is not None and child.poll() is None:
             stop(run, PATIENCE)
         if guard is not None:
-            guard.communicate(b"done")
+            guard.kill()  # before its pipe is closed, and without waiting for its imports on a busy machine
+            guard.communicate()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

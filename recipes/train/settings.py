@@ -1,6 +1,7 @@
 """What a recipe and a command line say to `trl sft`, read by TRL's and accelerate's own parsers."""
 
 import difflib
+import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Settings:
         processes (`int`): Number of training processes on all machines.
         machine_rank (`int`): Which of the machines this is.
         deepspeed (`bool`): Whether DeepSpeed trains.
+        zero_stage (`int`, *optional*): Its ZeRO stage.
     """
 
     arguments: list[str]
@@ -36,6 +38,7 @@ class Settings:
     processes: int = 1
     machine_rank: int = 0
     deepspeed: bool = False
+    zero_stage: int | None = None
 
     def __getitem__(self, name: str):
         return self.values.get(name)  # older versions do not have all of them
@@ -181,3 +184,8 @@ def _read_launch(parser, arguments: list[str], settings: Settings):
     settings.processes = max(asked, 1)
     settings.machine_rank = options.machine_rank or 0
     settings.deepspeed = bool(options.use_deepspeed)
+    if settings.deepspeed and options.deepspeed_config_file:
+        own = json.loads(Path(options.deepspeed_config_file).read_text(encoding="utf-8"))
+        settings.zero_stage = own.get("zero_optimization", {}).get("stage", 0)
+    elif settings.deepspeed:
+        settings.zero_stage = 2 if options.zero_stage is None else int(options.zero_stage)  # accelerate's default

@@ -25,6 +25,7 @@ from lavin.recipes.train.checkpoints import (
     zero_ranks,
 )
 from lavin.recipes.train.checks import (
+    check_adapter,
     check_model,
     check_options,
     check_output,
@@ -34,7 +35,7 @@ from lavin.recipes.train.checks import (
     readable,
 )
 from lavin.recipes.train.launch import run_watched
-from lavin.recipes.train.settings import Settings, read_settings
+from lavin.recipes.train.settings import Settings, read_settings, read_yaml
 
 
 def train(config: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> int:
@@ -53,6 +54,7 @@ def train(config: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()
     """
     _say("Checking the recipe, the model and the rows ...")
     settings = read_settings(config, list(overrides))
+    from lavin.recipes.train.record import compare_record, describe, write_record
     from lavin.recipes.train.rows import check_columns, check_rows, load_rows, measure
 
     warnings = check_options(settings)
@@ -61,17 +63,23 @@ def train(config: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()
     report_to = choose_report_to(settings)
     check_push(settings, model, report_to)
     limit, given = settings["max_length"], "max_length" in settings.given
-    data = {}
+    data, now = {}, None
     for split, rows in load_rows(settings.values).items():
         columns, image = check_columns(split, rows, settings.values)
         data[split] = measure(split, rows, columns, image, processor, limit, settings["dataset_num_proc"])
         check_rows(split, data[split], limit, given, getattr(model.text_config, "max_position_embeddings", None))
-    steps = count_steps(settings, len(next(iter(data.values()))["problem"]))
+        if now is None:  # what is trained on comes first
+            steps = count_steps(settings, len(data[split]["problem"]))
+            now = describe(settings, model, rows, columns, data[split], steps)
     size = checkpoint_bytes(trained, settings.deepspeed, settings["model_name_or_path"])
 
     output = Path(settings["output_dir"])
     with locked(output, settings.machine_rank):
         resume, finished = choose_checkpoint(settings, steps)
+        if resume:
+            check_adapter(settings, model, resume)
+            if longer := compare_record(resume, now):
+                warnings.append(longer)
         if finished:
             _say(
                 f"This run is finished: {output} holds the adapter of step {step_of(resume)}. To train on, raise "
@@ -82,15 +90,32 @@ def train(config: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()
         extra = [] if "report_to" in settings.given else ["--report_to", *(report_to or ["none"])]
         extra += [] if "logging_nan_inf_filter" in settings.given else ["--logging_nan_inf_filter", "false"]
         extra += ["--resume_from_checkpoint", str(resume)] if resume else []
-        arguments = [*settings.arguments, *extra]
+        arguments = [*_without_false(settings, config), *extra]
         for warning in warnings:
             _say(f"Warning: {warning}")
         _say(plan(settings, model, trained, data, steps, report_to, resume))
         _say("$ " + shlex.join(["trl", "sft", *arguments]) + "\n")
         trl = Path(sys.executable).with_name("trl")
         command = [str(trl)] if trl.exists() else [sys.executable, "-c", "from trl.cli import main; main()"]
+        if settings.machine_rank == 0:
+            write_record(output, now)
         code = run_watched([*command, "sft", *arguments])
         return _after_success(settings) if code == 0 else _after_failure(settings, code, size)
+
+
+def _without_false(settings: Settings, config: str | os.PathLike) -> list[str]:
+    """The arguments without `--resume_from_checkpoint false`, which TRL would take for a folder of that name."""
+    if str(settings["resume_from_checkpoint"]).lower() != "false":
+        return settings.arguments
+    if str(read_yaml(config).get("resume_from_checkpoint") or False).lower() != "false":
+        raise ValueError(f"`--resume_from_checkpoint false`, but {config} names one: remove it there.")
+    kept, items = [], iter(settings.arguments)
+    for item in items:
+        if not item.startswith("--resu"):
+            kept.append(item)
+        elif "=" not in item:
+            next(items, None)
+    return kept
 
 
 def _say(text: str):
@@ -153,6 +178,12 @@ def choose_checkpoint(settings: Settings, steps: int) -> tuple[Path | None, bool
     """
     output, asked = Path(settings["output_dir"]), settings["resume_from_checkpoint"]
     if "resume_from_checkpoint" in settings.given and str(asked).lower() == "false":
+        if held := list_checkpoints(output):
+            raise ValueError(
+                f"`resume_from_checkpoint: false`, and {output} holds {held[0].name} of an earlier run: old and new "
+                "checkpoints would mix. Name another `output_dir`, or move them away. (Without the setting, the run "
+                "goes on from it.)"
+            )
         return None, False
     whole, broken = last_whole(output, settings.processes)
     if asked and str(asked).lower() != "true":
@@ -263,11 +294,12 @@ def _after_failure(settings: Settings, code: int, size: int) -> int:
         said.append(f"The disk is full: {readable(free)} free at {output}, a checkpoint needs {readable(size)}.")
     elif not os.access(output, os.W_OK):
         said.append(f"{output} can no longer be written: is it mounted read-only?")
+    again = "the same command" if code > 128 or free < size else "once the cause is gone, the same command"
     whole, broken = last_whole(output, settings.processes)
     if whole:
-        said.append(f"The last whole checkpoint is {whole}; the same command goes on from it.")
+        said.append(f"The last whole checkpoint is {whole}; {again} goes on from it.")
     else:
-        said.append("There is no whole checkpoint yet; the same command starts at the beginning.")
+        said.append(f"There is no whole checkpoint yet; {again} starts at the beginning.")
     said += [f"({checkpoint.name} is half written: {problem}.)" for checkpoint, problem in broken.items()]
     print("\nlavin train: " + "\n  ".join(said), file=sys.stderr, flush=True)
     return code
