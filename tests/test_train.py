@@ -570,23 +570,24 @@ def test_a_run_says_what_it_does(finished, light):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_end(finished, light, rows, tmp_path):
-    """SIGKILL for all of its processes at once, at a random moment after the first checkpoint."""
+    """SIGKILL for all of its processes at once, a random moment after a random step of 24."""
     whole, output = finished[0], tmp_path / "run"
     command = recipe(tmp_path, light, rows)
-    delay, killed = random.Random().uniform(0, 1.2), None
+    after, delay = random.Random().randint(1, 12), random.Random().uniform(0, 0.05)
     with open(tmp_path / "log", "w") as log:
         launcher = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, stdin=subprocess.DEVNULL)
-    wait_for(lambda: launcher.poll() is not None or list(output.glob("checkpoint-*/trainer_state.json")))
+    states = [output / f"checkpoint-{step}" / "trainer_state.json" for step in range(after, 25)]
+    wait_for(lambda: launcher.poll() is not None or any(state.exists() for state in states))
     time.sleep(delay)
     killed = [launcher, *psutil.Process(launcher.pid).children(recursive=True)]
     for process in killed:
         process.kill()
     launcher.wait()
     step = max(map(checkpoints.step_of, checkpoints.list_checkpoints(output)))
-    assert not (output / "mma").exists(), f"it had ended already (step {step}, {delay} s)"
+    assert not (output / "mma").exists(), f"it had ended already (after {after}, {delay} s, step {step})"
     log = run(command)
     assert "Starts       at step" in log
-    assert losses(output) == pytest.approx(losses(whole), abs=1e-6), (delay, step)
+    assert losses(output) == pytest.approx(losses(whole), abs=1e-6), (after, delay, step)
     assert len(losses(output)) == 24
     assert distance(output, whole) < 1e-6
 
