@@ -4,10 +4,8 @@ import json
 import os
 from pathlib import Path
 
-import torch
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, HfApi, eval_result_entries_to_yaml
-from peft import inject_adapter_in_model
 
 from lavin import LavinConfig, MMAConfig
 from lavin.card_lavin import BEGIN, adapter_digest, add_results, write_card
@@ -57,12 +55,10 @@ def card_folder(
     measured = [_read_results(path, folder) for path in results or []]
     if not os.access(card if card.exists() else folder, os.W_OK):
         raise ValueError(f"{card} cannot be written: check its permissions.")
-    model = meta_model(LavinConfig.from_pretrained(folder))
-    if Path(folder, ADAPTER_NAME, ADAPTER_CONFIG).is_file():
-        adapter = MMAConfig.from_pretrained(folder, subfolder=ADAPTER_NAME)
-        with torch.device("meta"):
-            inject_adapter_in_model(adapter, model, ADAPTER_NAME)
-        model._hf_peft_config_loaded = True
+    has_adapter = Path(folder, ADAPTER_NAME, ADAPTER_CONFIG).is_file()
+    adapter = MMAConfig.from_pretrained(folder, subfolder=ADAPTER_NAME) if has_adapter else None
+    model = meta_model(LavinConfig.from_pretrained(folder), adapter=adapter)
+    model._hf_peft_config_loaded = has_adapter
     write_card(model, folder)
     if BEGIN not in card.read_text():
         raise ValueError(

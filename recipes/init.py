@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from peft import inject_adapter_in_model
 from transformers import GenerationConfig
 
 from lavin import LavinConfig, LavinForConditionalGeneration, LavinProcessor, MMAConfig
@@ -104,12 +105,17 @@ def pair_processor(config: LavinConfig, preprocessing: str, hub: dict) -> LavinP
     )
 
 
-def meta_model(config: LavinConfig, generation_config: GenerationConfig | None = None):
-    """The [`LavinForConditionalGeneration`] without weights, in the dtype of its language model."""
+def meta_model(
+    config: LavinConfig, generation_config: GenerationConfig | None = None, adapter: MMAConfig | None = None
+):
+    """The [`LavinForConditionalGeneration`] without weights, in its language model's dtype; `adapter` in place."""
     with torch.device("meta"):
         model = LavinForConditionalGeneration._from_config(config, dtype=config.text_config.dtype or torch.float32)
     if generation_config is not None:
         model.generation_config = generation_config
+    if adapter is not None:
+        with torch.device("meta"):
+            inject_adapter_in_model(adapter, model, ADAPTER_NAME)
     return model
 
 

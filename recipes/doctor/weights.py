@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -52,9 +51,8 @@ def check_fit(folder: Folder, settings: MMAConfig, shapes: dict[str, tuple[int, 
     Raises:
         `ValueError`: if an adapter of these names and shapes is not one of this model.
     """
-    model = meta_model(folder.config)
+    model = meta_model(folder.config, adapter=settings)
     with torch.device("meta"):
-        inject_adapter_in_model(settings, model, ADAPTER_NAME)
         weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     set_adapter_weights(model, weights, ADAPTER_NAME)
 

@@ -5,8 +5,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import PeftConfig
 
 from lavin import LavinConfig, LavinProcessor, MMAConfig
 from lavin.folder_lavin import (
@@ -125,11 +124,10 @@ def check_model(settings: Settings) -> tuple[LavinConfig, LavinProcessor, int]:
 
 def count_trained(config: LavinConfig, settings: Settings, hub: dict) -> int:
     """The number of values in the adapter that `model_init_kwargs.mma` asks for, which must fit a stored one."""
-    adapter, model = asked_adapter(settings, hub), meta_model(config)
+    adapter = asked_adapter(settings, hub)
     if adapter is None:
         return 0
-    with torch.device("meta"):
-        inject_adapter_in_model(adapter, model, ADAPTER_NAME)
+    model = meta_model(config, adapter=adapter)
     return sum(p.numel() for n, p in model.named_parameters() if f".{ADAPTER_NAME}." in n)
 
 
@@ -151,8 +149,7 @@ def check_adapter(settings: Settings, config: LavinConfig, checkpoint: Path):
     asked = asked_adapter(settings, hub_arguments(settings))
     if asked is None:
         return
-    with torch.device("meta"):  # fills in the target modules, as they are stored
-        inject_adapter_in_model(asked, meta_model(config), ADAPTER_NAME)
+    meta_model(config, adapter=asked)  # fills in the target modules, as they are stored
     new, old = asked.to_dict(), MMAConfig.from_pretrained(checkpoint, subfolder=ADAPTER_NAME).to_dict()
     changed = [
         f"{key}: {old[key]!r} there, {new[key]!r} in the recipe"
