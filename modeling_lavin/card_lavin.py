@@ -1,18 +1,18 @@
 """The model card: `model_card.md` with the real numbers of the model."""
 
-import copy
 import hashlib
 import os
 import re
 from pathlib import Path
 
-import torch
 import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from peft import inject_adapter_in_model
 from transformers.utils import cached_file
 
+from .files_lavin import replace_text
+from .trainable_lavin import without_weights
 from .tuner_lavin import MMAConfig
 
 
@@ -45,7 +45,7 @@ def write_card(model, folder):
     facts = f"{BEGIN}\n{_facts(model)}\n{END}"
     body = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: facts, body, flags=re.S)
     front = yaml.safe_dump(_metadata(model, metadata), sort_keys=False, allow_unicode=True)
-    target.write_text(f"---\n{front}---\n{body}", encoding="utf-8")
+    replace_text(target, f"---\n{front}---\n{body}")
 
 
 def add_results(folder, results: list[EvalResult], name: str):
@@ -72,7 +72,7 @@ def add_results(folder, results: list[EvalResult], name: str):
     else:
         body = body.replace(END, f"{END}\n\n{section}", 1)
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    card.write_text(f"---\n{front}---\n{body}", encoding="utf-8")
+    replace_text(card, f"---\n{front}---\n{body}")
 
 
 def _results(results: list[EvalResult]) -> str:
@@ -140,14 +140,15 @@ def _facts(model) -> str:
             rows.append((f"{kind.capitalize()} tower", f"{tower.model_type}, {name}"))
         elif source is not None:
             rows.append(("Base", name))
-    rows.append(("Image tokens", f"{config.num_image_tokens}, blocks {config.vision_feature_layers}"))
+    read = [f"blocks {config.vision_feature_layers}"] * config.reads_taps
+    read += [f"{config.pool_size} x {config.pool_size} cells of the last hidden state"] * config.reads_pool
+    rows.append(("Image tokens", f"{config.num_image_tokens}, {', then '.join(read)}"))
     name, adapter = next(
         ((n, a) for n, a in getattr(model, "peft_config", {}).items() if a.peft_type.value == "MMA"), (None, None)
     )
     if adapter is None:  # what `mma: {}` will train
         name, adapter = "mma", MMAConfig()
-        with torch.device("meta"):
-            model = type(model)(copy.deepcopy(config))
+        model = without_weights(model)
         inject_adapter_in_model(adapter, model, name)
     trained = sum(p.numel() for n, p in model.named_parameters() if f".{name}." in n)
     rows.append(("Trainable parameters", f"{trained:,}"))

@@ -6,23 +6,39 @@ names the checkpoints they come from. The adapter lies in `mma/`, because it is 
 root, the Hub's Auto classes would take the whole repository for an adapter of something else.
 """
 
+import contextlib
 import copy
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import __version__ as peft_version
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .card_lavin import write_card
-from .configuration_lavin import CHECKPOINTS, LavinConfig, vision_part
-from .towers_lavin import has_tokenizer, named_base, read_towers, tower_config
+from .configuration_lavin import CHECKPOINTS, OWN_FIELDS, LavinConfig, vision_part
+from .files_lavin import DAMAGED, read_adapter, read_json, staged, write_adapter
+from .files_lavin import find_file as _find
+from .peft_lavin import with_adapter
+from .towers_lavin import has_tokenizer, named_base, read_towers, shards_of, tower_config
+from .trainable_lavin import (
+    BOTH,
+    EXISTING_ADAPTER,
+    QUANTISED,
+    check_patterns,
+    check_trained_finite,
+    set_trainable,
+    trained_names,
+)
 from .tuner_lavin import MMAConfig, lift_to_float32
 
 
@@ -54,7 +70,15 @@ class LavinFolderMixin:
     """Loading and saving of a LaVIN model; see the module's text for the layout."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, mma: dict | None = None, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        mma: dict | None = None,
+        trainable: list[str] | None = None,
+        peft: dict | None = None,
+        **kwargs,
+    ):
         r"""
         Loads a LaVIN from a light or a full folder, or from the Hub.
 
@@ -65,24 +89,39 @@ class LavinFolderMixin:
                 Fields of [`MMAConfig`], or `{}` for its defaults: returns a [`LavinPeftModel`] whose adapter is ready
                 to train. A folder that holds an adapter continues with it; other values than the stored ones are an
                 error. Without it everything is frozen and the folder's adapter, if any, is active.
+            trainable (`list[str]`, *optional*):
+                Instead of `mma`: regular expressions, looked for in the names of the base's parameters, that say which
+                are trained, in float32 whatever `dtype` is (in bfloat16 most steps would round to nothing; with such a
+                `dtype` train under autocast, `bf16: true`). All others stay frozen. Saving then writes a full folder.
+            peft (`dict`, *optional*):
+                Instead of `mma`: `peft_type` and fields of one of PEFT's own configs (LoRA, IA3, adaption prompts):
+                returns a [`~peft.PeftModel`] that trains this adapter and the projector. It saves as PEFT does.
             kwargs:
                 As of [`PreTrainedModel.from_pretrained`]; dtype, `device_map` and quantisation act on the whole.
                 `text_checkpoint` and `vision_checkpoint` name other checkpoints than the folder's.
 
         Raises:
             `OSError`: if a checkpoint the folder names cannot be reached; the message says which and what to do.
-            `ValueError`: if `mma` differs from the stored adapter, or the adapter does not fit the base.
+            `ValueError`: if `mma` differs from the stored adapter, the adapter does not fit the base, `trainable`
+                names nothing that can be trained, or comes with `mma`, an adapter or a quantised base; if `peft` is no
+                config of PEFT's, or comes with another way to train.
         """
         name = pretrained_model_name_or_path
+        _check_trainable(trainable, mma, kwargs)
+        if peft is not None and (mma is not None or trainable is not None):
+            raise ValueError("`peft`, `mma` and `trainable` are three ways to train a model: pass one of them.")
         if name is None:
             return super().from_pretrained(None, *model_args, **kwargs)
         if kwargs.pop("subfolder", None):
             raise ValueError("A LaVIN folder is a whole repository: pass its own path or name, not a `subfolder`.")
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        if "torch_dtype" in kwargs:  # its name in transformers 4
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         if kwargs.get("dtype") == "auto":  # the default, which the configuration would take for a dtype
             del kwargs["dtype"]
         config = kwargs.pop("config", None)
         if getattr(config, "model_type", None) != LavinConfig.model_type:  # another import's LavinConfig will do
+            _find(name, "config.json", hub)  # says which file is missing where the Hub is out of reach
             found = LavinConfig.get_config_dict(name, **hub)[0].get("model_type")
             if found != LavinConfig.model_type:
                 raise ValueError(
@@ -95,30 +134,47 @@ class LavinFolderMixin:
         for kind in CHECKPOINTS:  # the Auto classes set such arguments on the config as they are
             source = kwargs.pop(kind, getattr(config, kind))
             setattr(config, kind, {"name": source, "revision": None} if isinstance(source, str) else source)
+        has_adapter = _find(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
+        if peft is not None and has_adapter:
+            raise ValueError(f"{name} holds an MMA adapter ({ADAPTER_NAME}/): name its base to train another on it.")
+        if trainable is not None:
+            if has_adapter:
+                raise ValueError(EXISTING_ADAPTER.format(name=name, adapter=ADAPTER_NAME))
+            if getattr(config, "quantization_config", None) is not None:
+                raise ValueError(QUANTISED)
+            config.trained_patterns = list(trainable)  # for `_get_dtype_plan`
         with_info = kwargs.pop("output_loading_info", False)
-        full = any(_find(name, file, hub) for file in BASE_WEIGHTS)
+        weights = _find(name, BASE_WEIGHTS, hub)
+        full = weights is not None
         if full:
-            model, info = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+            if weights.endswith(".json"):
+                shards_of(weights)
+            with _explained(name):
+                model, info = super().from_pretrained(
+                    name, *model_args, config=config, output_loading_info=True, **kwargs
+                )
             model.config.base_checkpoint = named_base(name, hub.get("revision"), hub)
         elif config.base_checkpoint is not None:
             model, info = cls._from_base_checkpoint(name, config, model_args, kwargs)
         else:
             plain = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
             state_dict = read_towers(config, name, {key: value for key, value in hub.items() if key != "revision"})
-            model, info = super().from_pretrained(
-                None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **plain
-            )
-        _check_complete(info, name)
+            with _explained(name):
+                model, info = super().from_pretrained(
+                    None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **plain
+                )
+        if not with_info:  # who asks for the loading info looks at it
+            _check_complete(info, name)
         if not full and model.can_generate() and _find(name, "generation_config.json", hub):
             model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._is_full_folder = full
         model.source = (str(name), hub)
         model.config._name_or_path = model.name_or_path = str(name)
-        model.requires_grad_(False)
-
-        has_adapter = _find(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
+        _freeze(model)
+        if peft is not None:
+            model = with_adapter(model, peft)
         if mma is not None:
-            stored = MMAConfig.from_pretrained(name, subfolder=ADAPTER_NAME, **hub) if has_adapter else None
+            stored = _stored_config(name, ADAPTER_NAME, hub) if has_adapter else None
             model = LavinPeftModel(model, _trainable_config(mma, stored, name), adapter_name=ADAPTER_NAME)
             if has_adapter:
                 set_adapter_weights(model, _adapter_weights(name, ADAPTER_NAME, hub), ADAPTER_NAME)
@@ -149,13 +205,16 @@ class LavinFolderMixin:
             vision (`str`): Folder or Hub name of a CLIP or SigLIP tower, or of a whole CLIP or SigLIP checkpoint.
             text (`str`): Folder or Hub name of a decoder-only language model.
             vision_revision, text_revision (`str`, *optional*): Branch, tag or commit of each.
-            kwargs: Fields of [`LavinConfig`], and arguments of [`PreTrainedModel.from_pretrained`], `mma` included.
+            kwargs: Fields of [`LavinConfig`], and arguments of [`PreTrainedModel.from_pretrained`], `mma` and
+                `trainable` included.
         """
-        names = ("projector_hidden_size", "vision_feature_layers", "image_token_id")
-        overrides = {key: kwargs.pop(key) for key in names if key in kwargs}
+        overrides = {key: kwargs.pop(key) for key in OWN_FIELDS if key in kwargs}
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        mma = kwargs.pop("mma", None)
+        mma, trainable = kwargs.pop("mma", None), kwargs.pop("trainable", None)
+        _check_trainable(trainable, mma, kwargs)
         config, generation_config = config_of_pair(vision, text, vision_revision, text_revision, hub=hub, **overrides)
+        if trainable is not None:
+            config.trained_patterns = list(trainable)
         state_dict = read_towers(config, f"the pair {vision} and {text}", hub)
         model, info = super().from_pretrained(
             None, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
@@ -165,10 +224,17 @@ class LavinFolderMixin:
             model.generation_config = generation_config
         model._is_full_folder = False
         model.config._name_or_path = model.name_or_path = ""  # no folder yet
-        model.requires_grad_(False)
+        _freeze(model)
         if mma is None:
             return model
         return LavinPeftModel(model, _trainable_config(mma, None, text), adapter_name=ADAPTER_NAME)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        """What is trained is read in float32 from the start: not a bit of it is lost on the way."""
+        plan, patterns = super()._get_dtype_plan(dtype), getattr(self.config, "trained_patterns", None)
+        if patterns is not None:
+            plan.update((f"^{re.escape(name)}$", torch.float32) for name in trained_names(self, patterns))
+        return plan
 
     def save_pretrained(
         self, save_directory, full: bool | None = None, is_main_process: bool = True, state_dict=None, **kwargs
@@ -181,13 +247,13 @@ class LavinFolderMixin:
                 An empty or new folder, or one of a LaVIN.
             full (`bool`, *optional*):
                 Whether the base weights are written. By default they are, except where the model has an adapter and
-                its base can be named: then the folder is light, some MB.
+                its base can be named: then the folder is light, some MB. A base that was trained cannot be named.
             kwargs:
                 As of [`PreTrainedModel.save_pretrained`]; `push_to_hub=True` uploads the folder afterwards.
 
         Raises:
-            `FloatingPointError`: if the adapter, or the output of the last training forward, holds NaN or infinity.
-                Nothing has been written then.
+            `FloatingPointError`: if what was trained, or the output of the last training forward, holds NaN or
+                infinity. Nothing has been written then.
         """
         push_to_hub, token = kwargs.pop("push_to_hub", False), kwargs.pop("token", None)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
@@ -202,6 +268,11 @@ class LavinFolderMixin:
             )
         if full is None:
             full = not adapters or not _can_be_light(self) or getattr(self, "_is_full_folder", False)
+        elif not full and getattr(self, "trained_base", None):
+            raise ValueError(
+                "A light folder would name the checkpoints that this base was trained from, and lose the training: "
+                "save it with `full=True`."
+            )
         elif not full and not _is_nameable(config):
             raise ValueError(
                 "A light folder names the checkpoints of its base, and this model has none: it was not made from a "
@@ -210,11 +281,11 @@ class LavinFolderMixin:
         if is_main_process:
             _check_nothing_stale(save_directory, config, full, adapters)
             tensors = {name: self._adapter_tensors(name, state_dict) for name in adapters}  # raises before it writes
+            check_trained_finite(self, self.state_dict() if state_dict is None else state_dict)
             os.makedirs(save_directory, exist_ok=True)
         if full:
             self._save_base(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         elif is_main_process:
-            self.generation_config.save_pretrained(save_directory)
             if local := local_checkpoints(config):
                 logger.warning_once(
                     f"This folder's base is on this machine ({', '.join(local)}): it loads here, but pushed as it is "
@@ -222,15 +293,19 @@ class LavinFolderMixin:
                 )
         if not is_main_process:
             return
-        self._write_config(save_directory, full)
-        for file in Path(__file__).parent.glob("*_lavin.py"):
-            Path(save_directory, file.name).write_bytes(file.read_bytes())
-        main = ADAPTER_NAME if ADAPTER_NAME in adapters else _active_adapter(self)
-        for adapter in adapters:
-            # Each under its own name. Where none is named `mma`, the active one is what the folder loads.
-            folder = ADAPTER_NAME if adapter == main else adapter
-            self._save_adapter(Path(save_directory, folder), adapter, tensors[adapter])
-        self._carry_processor(save_directory)
+        with staged(save_directory) as place:
+            if not full:
+                self.generation_config.save_pretrained(place)
+            self._write_config(place, full)
+            for file in Path(__file__).parent.glob("*_lavin.py"):
+                Path(place, file.name).write_bytes(file.read_bytes())
+            main = ADAPTER_NAME if ADAPTER_NAME in adapters else _active_adapter(self)
+            for adapter in adapters:
+                # Each under its own name. Where none is named `mma`, the active one is what the folder loads.
+                folder = ADAPTER_NAME if adapter == main else adapter
+                self._save_adapter(Path(place, folder), adapter, tensors[adapter])
+            if not Path(save_directory, PROCESSOR_FILES[0]).exists():
+                self._carry_processor(place)
         write_card(self, save_directory)
         if push_to_hub:
             self._upload(save_directory, repo_id, token=token, **upload)
@@ -272,7 +347,7 @@ class LavinFolderMixin:
                 f"*/{ADAPTER_WEIGHTS}",
                 ".eval_results/*.yaml",
             ],
-            ignore_patterns=["checkpoint-*/*"],
+            ignore_patterns=["checkpoint-*/*", ".saving-*"],
             **upload,
         )
 
@@ -335,19 +410,17 @@ class LavinFolderMixin:
 
     def _save_adapter(self, folder: Path, adapter_name: str, tensors: dict[str, torch.Tensor]):
         folder.mkdir(parents=True, exist_ok=True)
-        # Written whole, then moved: a run killed while it saves leaves the old adapter.
-        save_file(tensors, folder / f"{ADAPTER_WEIGHTS}.new", metadata={"format": "pt"})
+        write_adapter(tensors, folder / ADAPTER_WEIGHTS)
         config = copy.deepcopy(self.peft_config[adapter_name])
         config.inference_mode = True
         config.save_pretrained(folder)
-        os.replace(folder / f"{ADAPTER_WEIGHTS}.new", folder / ADAPTER_WEIGHTS)
 
     def _carry_processor(self, save_directory):
         """A folder is complete: the processor of the folder this model came from goes along."""
         source, hub = getattr(self, "source", ("", {}))
         first = PROCESSOR_FILES[0]
         try:
-            if not source or Path(save_directory, first).exists() or not _find(source, first, hub):
+            if not source or not _find(source, first, hub):
                 return
             for name in PROCESSOR_FILES:
                 if file := _find(source, name, hub):
@@ -372,16 +445,11 @@ class LavinFolderMixin:
             folder = hub.pop("subfolder", None)
             if folder is None:
                 folder = ADAPTER_NAME if _find(peft_model_id, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) else ""
-            file = _find(peft_model_id, f"{folder}/{ADAPTER_CONFIG}".lstrip("/"), hub)
-            if file is None:
-                raise ValueError(
-                    f"No adapter in {peft_model_id}: neither {ADAPTER_NAME}/{ADAPTER_CONFIG} nor {ADAPTER_CONFIG}."
-                )
-            if json.loads(Path(file).read_text()).get("peft_type") != "MMA":
+            peft_config = _stored_config(peft_model_id, folder, hub)
+            if not _is_mma(peft_config):
                 return super().load_adapter(
                     peft_model_id, adapter_name, is_trainable=is_trainable, adapter_kwargs=adapter_kwargs, **kwargs
                 )
-            peft_config = MMAConfig.from_pretrained(peft_model_id, subfolder=folder or None, **hub)
             adapter_state_dict = _adapter_weights(peft_model_id, folder, hub)
         elif getattr(peft_config, "peft_type", "MMA") != "MMA":
             return super().load_adapter(
@@ -466,9 +534,9 @@ def _is_nameable(config) -> bool:
 
 
 def _can_be_light(model) -> bool:
-    """Whether the base's weights are those of the checkpoints it names: frozen, that is."""
+    """Whether the base's weights are those of the checkpoints it names: frozen, that is, and not trained before."""
     trained = any(p.requires_grad for n, p in model.named_parameters() if _base_name(n) is not None)
-    return _is_nameable(model.config) and not trained
+    return _is_nameable(model.config) and not trained and not getattr(model, "trained_base", None)
 
 
 def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=None, **overrides):
@@ -576,6 +644,12 @@ def local_checkpoints(config: LavinConfig) -> list[str]:
 
 def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: str):
     """Sets an adapter's weights, float32 whatever the base's dtype, after comparing names and shapes."""
+    real = {key: value for key, value in weights.items() if not value.is_meta}
+    if bad := next((key for key, value in real.items() if not value.isfinite().all()), None):
+        raise ValueError(
+            f"The adapter holds NaN or infinity ({bad.removeprefix(BASE_KEY)}): its training has diverged. Take an "
+            "earlier `checkpoint-N`."
+        )
     lift_to_float32(model, adapter_name)
     weights = {key.removeprefix(BASE_KEY): value for key, value in weights.items()}
     if model.base_model_prefix and not hasattr(model, model.base_model_prefix):  # a LavinModel without its head
@@ -586,7 +660,7 @@ def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: s
     problems += [f"unexpected: {key}" for key in weights if key not in shapes]
     problems += [
         f"{key}: {tuple(value.shape)} in the adapter, {shapes[key]} in this model"
-        for key, value in weights.items()
+        for key, value in sorted(weights.items())  # a safetensors file has no order
         if key in shapes and shapes[key] != tuple(value.shape)
     ]
     if problems:
@@ -595,6 +669,28 @@ def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: s
     if isinstance(model, PeftModel):
         weights = {BASE_KEY + key: value for key, value in weights.items()}
     set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+
+
+def _check_trainable(trainable, mma, kwargs: dict):
+    """
+    Raises:
+        `ValueError`: if `trainable` comes with `mma`, or for weights that will be quantised.
+    """
+    if trainable is None:
+        return
+    check_patterns(trainable)
+    if mma is not None:
+        raise ValueError(BOTH)
+    if any(kwargs.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")):
+        raise ValueError(QUANTISED)
+
+
+def _freeze(model):
+    """All but what `trainable` names."""
+    model.requires_grad_(False)
+    patterns = vars(model.config).pop("trained_patterns", None)
+    if patterns is not None:
+        set_trainable(model, trained_names(model, patterns))
 
 
 def _trainable_config(mma: dict, stored: MMAConfig | None, name) -> MMAConfig:
@@ -616,20 +712,39 @@ def _trainable_config(mma: dict, stored: MMAConfig | None, name) -> MMAConfig:
     return stored
 
 
+def _stored_config(name, folder: str, hub):
+    """The config of an adapter of any of PEFT's types."""
+    file = _find(name, f"{folder}/{ADAPTER_CONFIG}".lstrip("/"), hub)
+    if file is None:
+        raise ValueError(f"No adapter in {name}: neither {ADAPTER_NAME}/{ADAPTER_CONFIG} nor {ADAPTER_CONFIG}.")
+    kind = read_json(file).get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{file} is of the type {kind!r}, which PEFT {peft_version} does not know: upgrade `peft`.")
+    config_class = MMAConfig if kind == "MMA" else PeftConfig
+    return config_class.from_pretrained(name, subfolder=folder or None, **hub)
+
+
+@contextlib.contextmanager
+def _explained(name):
+    """What transformers says of weights that it cannot load, with the folder's name and a way out."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(DAMAGED.format(file=f"A file of base weights of {name}", cause=error)) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"The base weights of {name} have other shapes than its config.json says (see the report above): they are "
+            "another model's. Name its own checkpoints there, or with `text_checkpoint` and `vision_checkpoint`."
+        ) from error
+
+
 def _adapter_weights(name, folder: str, hub) -> dict[str, torch.Tensor]:
     file = _find(name, f"{folder}/{ADAPTER_WEIGHTS}".lstrip("/"), hub)
     if file is None:
         raise OSError(f"{name} has no {folder}/{ADAPTER_WEIGHTS}. (Pickled adapters are not read.)")
-    return load_file(file)
-
-
-def _find(name, file: str, hub) -> str | None:
-    """The file's local path, or None where the folder or repository does not have it."""
-    if os.path.isdir(name):
-        path = os.path.join(name, file)
-        return path if os.path.isfile(path) else None
-    folder, _, file = file.rpartition("/")
-    return cached_file(name, file, subfolder=folder, _raise_exceptions_for_missing_entries=False, **hub)
+    return read_adapter(file)
 
 
 def _freeze_adapter(model, adapter_name: str):

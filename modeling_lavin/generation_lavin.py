@@ -1,14 +1,23 @@
 """Generation: each row's modality is fixed by its whole prompt, and the image token is never generated or drafted."""
 
+import copy
+
 import torch
+import transformers
+from packaging.version import Version
 from transformers import GenerationMixin
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from .cache_lavin import carry_modality
 
 
+logger = logging.get_logger(__name__)
+
 IMAGE_ARGUMENTS = ("pixel_values", "mm_encoder_outputs", "modality_ids")
+# Older ones give the chunks of a prompt no images, and read the tokens of a kept cache again.
+CHUNKS_IMAGES = Version(transformers.__version__) >= Version("5.23")
 
 
 def flat_features(images: BaseModelOutputWithPooling) -> torch.Tensor:
@@ -18,12 +27,28 @@ def flat_features(images: BaseModelOutputWithPooling) -> torch.Tensor:
     return features.reshape(-1, features.shape[-1])
 
 
+def context_length(config) -> int | None:
+    """How many tokens a language model can read, prompt and answer together; `None` where it has no such limit."""
+    length = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    if length is None or kind == "dynamic":  # scaled as far as the prompt goes
+        return None
+    if kind in ("linear", "yarn"):  # some checkpoints state the length before scaling
+        return max(length, int(rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0)))
+    return length
+
+
 class LavinGenerationMixin(GenerationMixin):
     """What a LaVIN adds to transformers' generation."""
 
     @torch.no_grad()
     def generate(self, *args, **kwargs):
         """As [`GenerationMixin.generate`]. The routing table is made once, before the first step."""
+        # `pixel_values=None` is no image, as in `forward`; transformers would pass it to the vision tower.
+        kwargs = {name: x for name, x in kwargs.items() if x is not None or name not in IMAGE_ARGUMENTS}
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            kwargs["use_cache"] = False  # its blocks drop the cache, and transformers would go on as if it were there
         model, routing = self.model, self.model.routing
         pinned = routing.pinned
         model._refresh_kept()
@@ -34,6 +59,18 @@ class LavinGenerationMixin(GenerationMixin):
             return super().generate(*args, **kwargs)
         finally:
             routing.pinned = pinned
+
+    def _prepare_generated_length(self, generation_config, **kwargs):
+        """A prompt beyond the context would be answered with noise, after a long time: transformers only warns."""
+        embedded = kwargs["inputs_tensor"] if kwargs["model_input_name"] == "inputs_embeds" else None
+        length = kwargs["input_ids_length"] if embedded is None else embedded.shape[1]
+        context = context_length(self.config.get_text_config())
+        if context is not None and length > context:
+            raise ValueError(
+                f"The prompt has {length} tokens, and the language model's context holds {context}: shorten the "
+                "prompt or leave out earlier turns."
+            )
+        return super()._prepare_generated_length(generation_config, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """Fixes each row's modality from the whole prompt, before it is cut into chunks or down to its new part."""
@@ -56,6 +93,10 @@ class LavinGenerationMixin(GenerationMixin):
                     features = features[is_new.expand_as(is_image)[is_image]]
                 images = {"image": BaseModelOutputWithPooling(pooler_output=features)} if len(features) else None
                 model_kwargs = {**model_kwargs, "mm_encoder_outputs": images}
+        if generation_config.prefill_chunk_size is not None and not CHUNKS_IMAGES and (images or past):
+            logger.warning_once("Prefill in chunks of a prompt with images needs transformers 5.23: done at once.")
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:

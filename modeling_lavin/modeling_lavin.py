@@ -1,7 +1,7 @@
 """LaVIN: a frozen vision tower, a frozen language model, and a routing table between them (arXiv 2305.15023)."""
 
 import functools
-import math
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,15 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .cache_lavin import cached_modality, carry_modality
-from .configuration_lavin import LavinConfig
+from .configuration_lavin import LavinConfig, check_image_size, patches_per_side, sides
 from .folder_lavin import LavinFolderMixin
 from .folding_lavin import fold_both, fold_modality, rows_of
 from .generation_lavin import LavinGenerationMixin, flat_features
+from .projector_lavin import LavinMultiModalProjector, draw_projector
 from .tuner_lavin import FOLDED, KeptRouting, MMARouting, find_blocks
 
 
@@ -25,8 +27,10 @@ logger = logging.get_logger(__name__)
 
 FROZEN = (
     "Every weight of this LaVIN is frozen, so training it would change nothing. Load it with `mma={}` "
-    "(`from_pretrained(..., mma={})`; in a YAML for `trl sft`: `model_init_kwargs: {mma: {}}`) to train its adapter."
+    "(`from_pretrained(..., mma={})`; in a YAML for `trl sft`: `model_init_kwargs: {mma: {}}`) to train its adapter, "
+    "or with `trainable=[regex, ...]` in its place to train parts of the base."
 )
+TOWER_OUTPUTS = ("output_hidden_states", "output_attentions")
 IMAGE_AFTER_TEXT = (
     "An image after a cached prefix without one: the prefix was computed as text only and cannot be made right "
     "afterwards. Start again without `past_key_values`."
@@ -51,6 +55,21 @@ class LavinModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
+class LavinImageOutput(BaseModelOutputWithPooling):
+    """
+    Outputs of [`LavinModel.get_image_features`]: the vision tower's own, and:
+
+    Args:
+        pooler_output (`torch.Tensor` of shape `(num_images, num_image_tokens, hidden_size)`):
+            The image tokens.
+        tapped_states (`torch.Tensor` of shape `(num_images, num_taps, vision_hidden_size)`, *optional*):
+            What the taps read, before the projector.
+    """
+
+    tapped_states: torch.Tensor | None = None
+
+
+@dataclass
 class LavinCausalLMOutputWithPast(ModelOutput):
     """
     Outputs of a [`LavinForConditionalGeneration`].
@@ -72,23 +91,6 @@ class LavinCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor] | None = None
     attentions: tuple[torch.Tensor] | None = None
     image_hidden_states: torch.Tensor | None = None
-
-
-class LavinProjectorLinear(nn.Linear):
-    """A linear map of the projector: its class tells `_init_weights` that it starts Xavier-uniform."""
-
-
-class LavinMultiModalProjector(nn.Module):
-    """Linear, SiLU, Linear: from the vision tower's width to the language model's (paper, eq. 1)."""
-
-    def __init__(self, config: LavinConfig):
-        super().__init__()
-        self.linear_1 = LavinProjectorLinear(config.vision_config.hidden_size, config.projector_hidden_size)
-        self.act = nn.SiLU()
-        self.linear_2 = LavinProjectorLinear(config.projector_hidden_size, config.text_config.hidden_size)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(image_features.to(self.linear_1.weight.dtype))))
 
 
 class LavinModalityEmbedding(nn.Embedding):
@@ -116,8 +118,8 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
     _no_split_modules = ["LavinMultiModalProjector", "LavinModalityEmbedding"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["multi_modal_projector", "modality_embedding"]
-    # Quantisation leaves these alone; it compares whole names.
-    _keep_in_fp32_modules = ["multi_modal_projector", "model.multi_modal_projector"]
+    # Quantisation leaves these alone; it matches from the start of a name.
+    _keep_in_fp32_modules = [r"(?:model\.)?multi_modal_projector"]
     _keys_to_ignore_on_load_missing = [r"multi_modal_projector\..*", r"modality_embedding\..*"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -127,20 +129,21 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Xavier-uniform projector, N(0, 1) modality embedding: from own generators, so that all ranks agree."""
+        """The projector and an N(0, 1) modality embedding: from own generators, so that all ranks agree."""
         # By leaves: for code outside transformers, a module without weights of its own never gets here.
-        if isinstance(module, LavinProjectorLinear):
-            bound = math.sqrt(6 / (module.in_features + module.out_features))
-            generator = torch.Generator().manual_seed(module.out_features)
-            shape = (module.out_features, module.in_features)
-            init.copy_(module.weight, torch.empty(shape).uniform_(-bound, bound, generator=generator))
-            init.zeros_(module.bias)
-        elif isinstance(module, LavinModalityEmbedding):
+        if draw_projector(module):
+            return
+        if isinstance(module, LavinModalityEmbedding):
             generator = torch.Generator().manual_seed(0)
             shape = (module.num_embeddings, module.embedding_dim)
             init.copy_(module.weight, torch.empty(shape).normal_(generator=generator))
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether missing weights are set module by module only, which passes over what CLIP sets as a whole."""
+        return False  # `_init_weights` here and of the towers leave loaded weights alone by themselves
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
@@ -188,6 +191,7 @@ class LavinModel(LavinPreTrainedModel):
         self.has_class_token = any(
             "class_embedding" in name or "cls_token" in name for name, _ in self.vision_tower.named_parameters()
         )
+        self.can_interpolate = "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
         self.taps = LavinTaps()
         _, blocks = find_blocks(self.vision_tower)
         for layer in config.vision_feature_layers:
@@ -216,32 +220,56 @@ class LavinModel(LavinPreTrainedModel):
         return super()._load_from_state_dict(*args, **kwargs)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> LavinImageOutput:
         """
         Image tokens of images: the class token after each tapped block (of a tower without one, such as SigLIP, the
-        mean of its patch states), through the projector.
+        mean of its patch states), or the patches of the tower's last hidden state, or both, through the projector.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
-                Preprocessed images, over all rows of the batch in their order.
+                Preprocessed images, over all rows of the batch in their order. Of the tower's own size, or squares of
+                whole patches, for which its positions are interpolated.
+            output_hidden_states, output_attentions (`bool`, *optional*):
+                Whether the vision tower's own are returned as well.
 
         Returns:
-            `BaseModelOutputWithPooling`: `pooler_output` holds the image tokens,
-            `(num_images, num_image_tokens, hidden_size)`; `hidden_states` the tapped states before the projector.
+            [`LavinImageOutput`]: the image tokens are `pooler_output`.
+
+        Raises:
+            `ValueError`: if the tower cannot read images of that size, or `pool_size` does not divide their patches.
         """
+        config = self.config
+        height, width = pixel_values.shape[-2:]
+        check_image_size(height, width, config.vision_config)
+        interpolate = self.can_interpolate and (height, width) != sides(config.vision_config.image_size)
         dtype = next(p.dtype for p in self.vision_tower.parameters() if p.dtype.is_floating_point)
+        arguments = {name: kwargs[name] for name in TOWER_OUTPUTS if kwargs.get(name) is not None}
+        if interpolate:
+            arguments["interpolate_pos_encoding"] = True
         self.taps.states = []
         try:
-            outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True)
+            outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **arguments)
             # Under `device_map` the blocks may be on several devices.
             states = [state.to(outputs.last_hidden_state.device) for state in self.taps.states]
         finally:
             self.taps.states = None
-        states = torch.stack([state[:, 0] if self.has_class_token else state.mean(dim=1) for state in states], dim=1)
-        return BaseModelOutputWithPooling(
+        taps = patches = None
+        if config.reads_taps:
+            taps = torch.stack([state[:, 0] if self.has_class_token else state.mean(dim=1) for state in states], dim=1)
+        if config.reads_pool:
+            count = patches_per_side(height, width, config.vision_config) ** 2
+            patches = outputs.last_hidden_state[:, -count:]  # behind the class token
+            if patches.shape[1] != count:
+                raise ValueError(
+                    f"The pool-adapter needs a state for each of {count} patches, and the vision tower "
+                    f"({type(self.vision_tower).__name__}) gives {patches.shape[1]}: choose `projector_type` 'taps'."
+                )
+        return LavinImageOutput(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.multi_modal_projector(states),
-            hidden_states=(states,),
+            pooler_output=self.multi_modal_projector(taps, patches, config.pool_size),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            tapped_states=taps,
         )
 
     def routing_table(self) -> torch.Tensor:
@@ -318,7 +346,7 @@ class LavinModel(LavinPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         modality_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LavinModelOutputWithPast:
         r"""
         Args:
@@ -327,7 +355,8 @@ class LavinModel(LavinPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
                 The images of all rows, in order. Rows without one simply have no image tokens.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Instead of `input_ids`; images are then already in it.
+                Instead of `input_ids`; images are then already in it, unless the embedding has a row for the image
+                token, which marks their places then.
             modality_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 States each row's modality (0 text, 1 with image) where the ids do not show it: with `inputs_embeds`,
                 or when a prompt with an image is prefilled in chunks.
@@ -362,10 +391,9 @@ class LavinModel(LavinPreTrainedModel):
             inputs_embeds = self._merge(inputs_embeds, is_image, features)
             has_image = None if features is None else is_image.any(dim=-1)
         elif features is not None:
-            raise ValueError(
-                "With `inputs_embeds` the image tokens must already be in it: pass no images, but "
-                "`modality_ids=1` for the rows that hold one."
-            )
+            is_image = self._image_places(inputs_embeds)
+            inputs_embeds = self._merge(inputs_embeds, is_image, features)
+            has_image = is_image.any(dim=-1)
         if unused is not None:
             inputs_embeds = inputs_embeds + (unused.sum() * 0).to(inputs_embeds)
 
@@ -403,15 +431,39 @@ class LavinModel(LavinPreTrainedModel):
             image_hidden_states=None if images is None else images.pooler_output,
         )
 
+    def _image_places(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Where embedded text holds the image token, `(batch, length)`."""
+        embedding = self.get_input_embeddings()
+        if self.config.image_token_id >= embedding.num_embeddings:
+            raise ValueError(
+                "With `inputs_embeds` the image tokens must already be in it, as the image token has no row in the "
+                "embedding: pass no images, but `modality_ids=1` for the rows that hold one."
+            )
+        token = embedding(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
+        return (inputs_embeds == token.to(inputs_embeds)).all(dim=-1)
+
     def _merge(self, inputs_embeds, is_image, features):
         """Puts the image tokens at their places."""
         if not torch.compiler.is_compiling():
             tokens, given = int(is_image.sum()), 0 if features is None else features.shape[0]
             if tokens != given:
-                raise ValueError(f"Image features and image tokens do not match, tokens: {tokens}, features: {given}")
+                raise ValueError(self._mismatch(tokens, given))
         if features is None:
             return inputs_embeds
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds))
+
+    def _mismatch(self, tokens: int, features: int) -> str:
+        """What to do where the ids hold another number of image tokens than the images give."""
+        message, each = f"Image features and image tokens do not match, tokens: {tokens}, features: {features}", 0
+        if images := features // self.config.num_image_tokens:
+            each = tokens // images if tokens % images == 0 else 0
+        if each in (0, self.config.num_image_tokens):
+            return message
+        return (
+            f"{message}. There are {each} tokens for each image, and this model (`projector_type` "
+            f"{self.config.projector_type!r}) makes {self.config.num_image_tokens}: its processor must agree, "
+            "`processor.num_image_tokens = model.config.num_image_tokens`."
+        )
 
     def _unused_features(self) -> torch.Tensor | None:
         """
@@ -427,8 +479,7 @@ class LavinModel(LavinPreTrainedModel):
             return None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if torch.distributed.get_world_size() > 1:
-                vision = self.config.vision_config
-                shape = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+                shape = (1, *self.config.image_shape)
                 image = torch.zeros(shape, device=next(self.vision_tower.parameters()).device)
                 return self.get_image_features(image, return_dict=True).pooler_output
         parameters = [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]
@@ -462,6 +513,8 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
     ... )  # doctest: +SKIP
     ```
     """
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: LavinConfig):
         super().__init__(config)
@@ -510,7 +563,7 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         modality_ids: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LavinCausalLMOutputWithPast:
         r"""
         The arguments of [`LavinModel.forward`], and:

@@ -2,14 +2,16 @@
 
 import json
 import os
+import pickle
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_lavin import LavinConfig
+from .files_lavin import DAMAGED, find_file
 
 
 WEIGHT_FILES = (
@@ -34,8 +36,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 def has_tokenizer(name, revision: str | None, hub: dict) -> bool:
     """Whether the checkpoint has a tokenizer; without its files transformers makes an empty one of some types."""
-    where = {**hub, "revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
-    return any(cached_file(name, file, **where) for file in TOKENIZER_FILES)
+    return find_file(name, TOKENIZER_FILES, {**hub, "revision": revision or "main"}) is not None
 
 
 def tower_config(name, revision: str | None, kind: str, hub: dict):
@@ -105,27 +106,47 @@ def _read_checkpoint(source, kind: str, name, hub: dict) -> dict[str, torch.Tens
         ) from error
     tensors = {}
     for file in files:
-        if file.endswith(".safetensors"):
-            with safe_open(file, framework="pt") as handle:
-                tensors.update({key: handle.get_tensor(key) for key in handle.keys()})
-        else:
-            tensors.update(torch.load(file, map_location="cpu", weights_only=True))
+        try:
+            if file.endswith(".safetensors"):
+                with safe_open(file, framework="pt") as handle:
+                    tensors.update({key: handle.get_tensor(key) for key in handle.keys()})
+            else:  # tensors and plain values only: no code of a pickle is run
+                tensors.update(torch.load(file, map_location="cpu", weights_only=True))
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
+            raise ValueError(DAMAGED.format(file=file, cause=_one_line(error)[:200])) from error
     return tensors
 
 
 def _weight_files(name, hub: dict) -> list[str]:
     if not os.path.isdir(name):
+        find_file(name, "config.json", hub)
         AutoConfig.from_pretrained(name, **hub)  # says why a repository cannot be reached
-    for file in WEIGHT_FILES:
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
-        if path is None:
-            continue
-        if not file.endswith(".json"):
-            return [path]
-        with open(path, encoding="utf-8") as index:
-            shards = sorted(set(json.load(index)["weight_map"].values()))
-        return [cached_file(name, shard, **hub) for shard in shards]
-    raise OSError(f"{name} has no weights ({', '.join(WEIGHT_FILES)}).")
+    path = find_file(name, WEIGHT_FILES, hub)
+    if path is None:
+        raise OSError(f"{name} has no weights ({', '.join(WEIGHT_FILES)}).")
+    if not path.endswith(".json"):
+        return [path]
+    found = {shard: find_file(name, shard, hub) for shard in shards_of(path)}
+    if missing := [shard for shard, file in found.items() if file is None]:
+        raise OSError(f"{name} has no {missing[0]}, which its {os.path.basename(path)} names.")
+    return list(found.values())
+
+
+def shards_of(index: str) -> list[str]:
+    """
+    The files that an index of weights names.
+
+    Raises:
+        `ValueError`: if it is damaged, or names a file outside its own folder.
+    """
+    try:
+        with open(index, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(DAMAGED.format(file=index, cause=_one_line(error) or type(error).__name__)) from error
+    if outside := [shard for shard in shards if shard != os.path.basename(shard)]:
+        raise ValueError(f"{index} asks for a file outside its own folder ({outside[0]!r}), which is not read.")
+    return shards
 
 
 def _vision_keys(tensors: dict, config: LavinConfig) -> dict:

@@ -87,6 +87,23 @@ class MMAConfig(PeftConfig):
         metadata={"help": "Modules trained and saved whole. The projector and the modality embedding always are."},
     )
 
+    @classmethod
+    def check_kwargs(cls, **kwargs):
+        """PEFT leaves out what it does not know, with a warning: the adapter would compute something else."""
+        newer = {
+            key: value
+            for key, value in kwargs.items()
+            if key not in cls.__dataclass_fields__ and value not in (None, False, [], {})
+        }
+        if newer:
+            said = ", ".join(f"{key}={value!r}" for key, value in sorted(newer.items()))
+            raise ValueError(
+                f"This adapter has settings that this version of LaVIN does not know ({said}): a newer one saved "
+                "it. Upgrade `lavin`, or load the folder with its own code (`trust_remote_code=True` where `lavin` "
+                "is not installed)."
+            )
+        return kwargs
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.MMA
@@ -276,8 +293,11 @@ class MMALayer(nn.Module, BaseTunerLayer):
     def active(self) -> bool:
         return not self._disable_adapters and self.active_name in self.adapter_down
 
-    def update_layer(self, adapter_name: str, config: MMAConfig):
-        """Adds an adapter, initialised from its own generator: every layout and ZeRO stage starts equal."""
+    def update_layer(self, adapter_name: str, config: MMAConfig, empty: bool = False):
+        """Adds an adapter, initialised from its own generator: every layout and ZeRO stage starts equal.
+
+        With `empty` it stays on the meta device, for weights that are about to be loaded (`low_cpu_mem_usage`).
+        """
         self.routing.check_not_folded()
         if self.features % config.groups:
             raise ValueError(f"`groups`={config.groups} does not divide the width {self.features} of {self.key}.")
@@ -289,7 +309,7 @@ class MMALayer(nn.Module, BaseTunerLayer):
         if routed:
             self.adapter_router[adapter_name] = MMALinear(self.features, 2, device="meta", dtype=torch.float32)
         device = next(self.base_layer.parameters()).device
-        if device.type != "meta":
+        if device.type != "meta" and not empty:
             for name in self.adapter_layer_names:
                 if adapter_name in getattr(self, name):
                     getattr(self, name)[adapter_name].to_empty(device=device)
@@ -455,7 +475,7 @@ class MMAModel(BaseTuner):
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if isinstance(target, MMALayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, self.empty)
             return
         lavin = find_lavin(self.model)
         match = re.search(rf"(?:^|\.)(({'|'.join(TOWERS)})\..*)", current_key)
@@ -469,7 +489,7 @@ class MMAModel(BaseTuner):
             lavin.routing.add(layer)
         layer.train(target.training)
         layer._disable_adapters = any(other.disable_adapters for other in lavin.routing.layers)
-        layer.update_layer(adapter_name, peft_config)
+        layer.update_layer(adapter_name, peft_config, self.empty)
         setattr(parent, target_name, layer)
 
     def _replace_module(self, parent, child_name, new_module, child):
@@ -477,6 +497,7 @@ class MMAModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         find_lavin(model).routing.check_not_folded()
+        self.empty = kwargs.get("low_cpu_mem_usage", False)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         lift_to_float32(model, adapter_name)
         find_lavin(model).routing.kept = None

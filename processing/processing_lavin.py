@@ -1,19 +1,21 @@
 """Text and images to tensors: LaVIN's text format as a chat template, its image preprocessing, its checks."""
 
-import json
+import re
 
-from tokenizers import AddedToken, Tokenizer
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoTokenizer
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, is_valid_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .configuration_lavin import default_vision_feature_layers, vision_part
+from .configuration_lavin import check_image_size, default_vision_feature_layers, sides, vision_part
+from .images_lavin import read_image
+from .tokenizer_lavin import without_word_start
 
 
 # LaVIN's format: [BOS] "Image: " <image tokens> prompt answer [EOS], or "Image: N/A" where there is no image. The
 # reference tokenises prefix, image and prompt apart, so each begins with its own word-start marker. The tokenizer of a
-# LaVIN adds no such marker by itself (see `_without_word_start`): the template writes the spaces. Then one string, and
+# LaVIN adds no such marker by itself (see `without_word_start`): the template writes the spaces. Then one string, and
 # prompt and completion tokenised apart as TRL does, give the same ids.
 #
 # Beyond the format: a system message is a line before "Image:"; a later user turn has the "Image:" header only if it
@@ -60,6 +62,9 @@ DEFAULT_CHAT_TEMPLATE = """\
 """
 
 
+HALF = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are no UTF-8
+
+
 class LavinProcessor(ProcessorMixin):
     r"""
     Image processor and tokenizer of a LaVIN in one.
@@ -69,7 +74,7 @@ class LavinProcessor(ProcessorMixin):
             Any image processor that returns `pixel_values` of one shape.
         tokenizer ([`PreTrainedTokenizerFast`], *optional*):
             A fast tokenizer that holds `image_token` as one token.
-        num_image_tokens (`int`, *optional*, defaults to 6):
+        num_image_tokens (`int`):
             Image tokens of one image: `LavinConfig.num_image_tokens`.
         image_token (`str`, *optional*, defaults to `"<image>"`):
             Where an image goes in a text that is passed to `__call__`. Each becomes `num_image_tokens` tokens. Typed
@@ -101,11 +106,13 @@ class LavinProcessor(ProcessorMixin):
         self,
         image_processor=None,
         tokenizer=None,
-        num_image_tokens: int = 6,
+        num_image_tokens: int | None = None,
         image_token: str = "<image>",
         chat_template=None,
         **kwargs,
     ):
+        if num_image_tokens is None:
+            raise ValueError("Pass `num_image_tokens`: the model's `config.num_image_tokens`.")
         if num_image_tokens < 1:
             raise ValueError(f"`num_image_tokens` must be at least 1, got {num_image_tokens}.")
         if type(image_processor).__name__ == "CLIPImageProcessor":
@@ -134,6 +141,7 @@ class LavinProcessor(ProcessorMixin):
         chat_template: str | None = None,
         vision_revision: str | None = None,
         text_revision: str | None = None,
+        image_size: int | None = None,
         **kwargs,
     ) -> "LavinProcessor":
         r"""
@@ -141,25 +149,30 @@ class LavinProcessor(ProcessorMixin):
 
         Args:
             vision, text (`str`): Folders or Hub names of a vision tower (or whole CLIP, SigLIP) and a language model.
-            num_image_tokens (`int`, *optional*): Defaults to one for every fourth block of the vision tower.
+            num_image_tokens (`int`, *optional*):
+                The model's `config.num_image_tokens`; defaults to one for every fourth block of the vision tower.
             preprocessing (`str`, *optional*, defaults to `"lavin"`):
                 `"lavin"`: squashed to the tower's square, ImageNet's mean and standard deviation, as the released
                 adapters were trained. `"clip"`: CLIP's own, shortest edge and centre crop, CLIP's mean and deviation.
             image_token (`str`, *optional*, defaults to `"<image>"`): Added to the tokenizer where it is new.
             chat_template (`str`, *optional*): Defaults to LaVIN's format.
             vision_revision, text_revision (`str`, *optional*): Default to `revision` among the `kwargs`.
+            image_size (`int`, *optional*):
+                Pixels on each side of an image, the model's `config.image_size`; defaults to the vision tower's.
             kwargs: For `from_pretrained` of configuration and tokenizer (`token`, `cache_dir`, ...).
         """
         revision = kwargs.pop("revision", None) or "main"
         config = vision_part(AutoConfig.from_pretrained(vision, revision=vision_revision or revision, **kwargs))
         if getattr(config, "image_size", None) is None:
             raise ValueError(f"{vision} is no vision tower: a {config.model_type} has no `image_size`.")
+        image_size = config.image_size if image_size is None else image_size
+        check_image_size(*sides(image_size), config)
         if num_image_tokens is None:
             num_image_tokens = len(default_vision_feature_layers(config.num_hidden_layers))
         tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision or revision, **kwargs)
         if tokenizer.eos_token is None:
             raise ValueError(f"The tokenizer of {text} has no EOS token: the model could not learn to end an answer.")
-        tokenizer = _without_word_start(tokenizer)
+        tokenizer = without_word_start(tokenizer)
         tokenizer.add_special_tokens(
             {"extra_special_tokens": [AddedToken(image_token, special=True, normalized=False)]},
             replace_extra_special_tokens=False,
@@ -169,7 +182,7 @@ class LavinProcessor(ProcessorMixin):
             chat_template = chat_template.replace("<image>", image_token)
         tokenizer.chat_template = chat_template  # not the base model's: a reloaded folder has one template for both
         return cls(
-            image_processor=_image_processor(config.image_size, preprocessing),
+            image_processor=_image_processor(image_size, preprocessing),
             tokenizer=tokenizer,
             num_image_tokens=num_image_tokens,
             image_token=image_token,
@@ -179,8 +192,26 @@ class LavinProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens
 
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """How many image tokens images of these sizes become, for engines that plan ahead: whatever size, the same."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+    def to_dict(self, *args, **kwargs):
+        output = super().to_dict(*args, **kwargs)
+        output["image_processor"].pop("auto_map", None)  # where to find this class, not the image processor's
+        return output
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        for part in (self, self.image_processor):  # what transformers notes there in order to write it
+            vars(part).pop("auto_map", None)
+        return saved
+
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """[`~ProcessorMixin.apply_chat_template`], where an image token typed in a text is text in every template."""
+        """[`~ProcessorMixin.apply_chat_template`], where a special token typed in a text is text in every template."""
         if chat_template is None and self.chat_template is None:
             raise ValueError(
                 "This processor has no chat template (is `chat_template.jinja` missing from its folder?). Pass "
@@ -217,7 +248,10 @@ class LavinProcessor(ProcessorMixin):
                 counts = [1] * len(text)
             else:  # a flat list in reading order
                 counts = slots if len(images) == sum(slots) else [len(images)]
-            how = "Pass one list of images per row: `images=[[first, second], [], ...]`."
+            how = (
+                "Image tokens in the prompts should be the same as the number of images in each row: pass one list of "
+                "images per row, `images=[[first, second], [], ...]`."
+            )
             if len(counts) != len(text):
                 raise ValueError(f"{len(text)} texts with {slots} image slots, but images for {counts}. {how}")
             for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
@@ -229,18 +263,17 @@ class LavinProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def _read_image(self, image, index: int, row: int | None):
+        if is_valid_image(image) and not hasattr(image, "convert"):
+            return image  # an array or a tensor
         try:
-            image = self.image_processor.fetch_images(image)
-            if hasattr(image, "convert"):  # PIL reads lazily: a broken file shows itself here
-                image = image.convert("RGB")
-        except Exception as error:
+            return read_image(image)
+        except Exception as error:  # Pillow's decoders raise all sorts
             where = f"image {index}" + ("" if row is None else f" of row {row}")
-            source = f" ({image[:100]!r})" if isinstance(image, str) else ""
+            source = "" if isinstance(image, bytes) or hasattr(image, "mode") else f" ({str(image)[:100]!r})"
             raise ValueError(
                 f"Cannot read {where}{source}: {error}. Pass a PIL image, an array, or the path, URL or base64 text "
                 "of an image file that can be decoded; repair the file or leave its row out."
             ) from error
-        return image
 
     def _check_special_mm_tokens(self, text, text_inputs, modalities):
         ids = text_inputs["input_ids"]
@@ -255,9 +288,12 @@ class LavinProcessor(ProcessorMixin):
                 )
 
     def _break_typed_tokens(self, messages):
-        """A copy of the conversation(s) in which no text, nor two texts in a row, holds the image token."""
+        """A copy of the conversation(s) in which no text, nor two texts in a row, holds a special token."""
         if messages and isinstance(messages[0], (list, tuple)):
             return [self._break_typed_tokens(conversation) for conversation in messages]
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted({token for token in special if len(token) > 1} | {self.image_token}, key=len, reverse=True)
+        typed, longest = re.compile("|".join(map(re.escape, special))), len(special[0])
         tail = ""  # of the text before, where it could begin a token
 
         def clean(item):
@@ -268,17 +304,19 @@ class LavinProcessor(ProcessorMixin):
                 tail = "" if item.get("type") == "image" else tail
                 return {key: clean(value) if key in ("content", "text") else value for key, value in item.items()}
             if isinstance(item, str):
-                item = item.replace(self.image_token, _broken(self.image_token))
-                item = " " + item if self.image_token in tail + item else item
-                tail = (tail + item)[1 - len(self.image_token) :]
+                if HALF.search(item):
+                    raise ValueError(f"{item[:60]!r} is no text that can be encoded: it holds half of a character.")
+                item = typed.sub(lambda found: _broken(found[0]), item)
+                item = " " + item if typed.search(tail + item) else item
+                tail = (tail + item)[1 - longest :]
             return item
 
         return clean(messages)
 
 
-def _broken(image_token: str) -> str:
-    """The image token as readable text that is no token."""
-    return f"{image_token[:-1]} {image_token[-1]}"
+def _broken(token: str) -> str:
+    """A special token as readable text that is no token."""
+    return f"{token[:-1]} {token[-1]}"
 
 
 def _as_list(images) -> list:
@@ -286,7 +324,7 @@ def _as_list(images) -> list:
 
 
 def _image_processor(image_size, preprocessing: str) -> CLIPImageProcessorPil:
-    height, width = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
+    height, width = sides(image_size)
     square = {"height": height, "width": width}
     if preprocessing == "lavin":
         imagenet = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
@@ -294,56 +332,6 @@ def _image_processor(image_size, preprocessing: str) -> CLIPImageProcessorPil:
     if preprocessing == "clip":  # mean and deviation are the class's defaults, as is bicubic for both
         return CLIPImageProcessorPil(size={"shortest_edge": min(height, width)}, crop_size=square)
     raise ValueError(f'`preprocessing` must be "lavin" or "clip", got {preprocessing!r}.')
-
-
-def _without_word_start(tokenizer) -> PreTrainedTokenizerFast:
-    """
-    The same vocabulary without the word-start marker that SentencePiece-like tokenizers put before every text: TRL
-    tokenises prompt and completion apart, and the answer would begin with "▁The" instead of "The".
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(f"LaVIN needs a fast tokenizer, and {type(tokenizer).__name__} has no fast version.")
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-
-    def strip(node):
-        if isinstance(node, list):
-            return [child for child in map(strip, node) if child is not None]
-        if isinstance(node, dict):
-            if node.get("type") in ("Prepend", "Strip"):  # the decoder's Strip undoes Prepend
-                return None
-            never = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
-            return {key: strip(value) for key, value in node.items()} | never.get(node.get("type"), {})
-        return node
-
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
-        spec[part] = strip(spec[part])
-
-    result = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
-        padding_side="left",
-        extra_special_tokens=list(tokenizer.extra_special_tokens),
-        model_input_names=["input_ids", "attention_mask"],
-        model_max_length=tokenizer.model_max_length,
-        clean_up_tokenization_spaces=False,
-        **tokenizer.special_tokens_map,
-    )
-    if result.pad_token in (None, result.eos_token):
-        result.pad_token = _pad_token(result)
-    return result
-
-
-def _pad_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """
-    A token for padding that is never a label: collators that hide the pad token's id from the loss would hide EOS with
-    it, and the model would not learn to stop. Only tokens that have a row in the embedding count. Where every special
-    token is EOS (GPT-2), EOS it is: TRL takes its labels from the attention mask and is not affected.
-    """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    spare = [token for word in ("pad", "reserved") for token in special if word in token]
-    for token in [tokenizer.unk_token, *spare]:
-        if token and token not in (tokenizer.bos_token, tokenizer.eos_token):
-            return token
-    return tokenizer.eos_token
 
 
 __all__ = ["LavinProcessor"]

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from lavin import MMAConfig
 from lavin.folder_lavin import ADAPTER_NAME, config_of_pair
+from lavin.recipes.convert_pool import convert_pool, has_pool_adapter
 from lavin.recipes.init import check_new_folder, load_pair, meta_model, pair_processor, write_folder
 from lavin.tuner_lavin import MLP_NAMES
 
@@ -49,10 +50,13 @@ def convert_checkpoint(
     adapter_type: str | None = None,
     visual_adapter_type: str | None = None,
     groups: int | None = None,
+    pool_size: int | None = None,
+    image_size: int | None = None,
     **hub,
 ) -> tuple[Path, bool]:
     r"""
-    Writes a LaVIN folder from a released adapter checkpoint (`checkpoint-N.pth`) and its two base checkpoints.
+    Writes a LaVIN folder from a released adapter checkpoint (`checkpoint-N.pth`) and its two base checkpoints. A file
+    with InfMLLM's pool-adapter is read by [`convert_pool`].
 
     Args:
         checkpoint (`str` or `os.PathLike`): File with the dict `{"model": ..., "args": ...}`.
@@ -68,6 +72,7 @@ def convert_checkpoint(
             Hyper-parameters under the reference's names. By default those stored in the file's `args`; what is not
             there is read off the weights, where it shows in them.
         groups (`int`, *optional*): Blocks of the up maps; read off the weights.
+        pool_size, image_size (`int`, *optional*): As in [`LavinConfig`]; the first for a pool-adapter only.
         hub: `token`, `cache_dir` and the like.
 
     Returns:
@@ -88,6 +93,26 @@ def convert_checkpoint(
         "visual_adapter_type": visual_adapter_type,
         "groups": groups,
     }
+    if has_pool_adapter(weights):
+        settings = {**given, "vision_feature_layers": vision_feature_layers}
+        if other := [f"--{key.replace('_', '-')}" for key, value in settings.items() if value is not None]:
+            raise ValueError(f"{checkpoint} is InfMLLM's pool-adapter, which has no {', '.join(other)}: leave it out.")
+        towers = {"text_revision": text_revision, "vision_revision": vision_revision, "preprocessing": preprocessing}
+        return convert_pool(
+            weights,
+            stored,
+            checkpoint,
+            text_model,
+            vision_model,
+            output,
+            full,
+            pool_size=pool_size,
+            image_size=image_size,
+            **towers,
+            **hub,
+        )
+    if pool_size is not None:
+        raise ValueError(f"{checkpoint} is an adapter of LaVIN, which has no --pool-size: leave it out.")
     settings = hyper_parameters(weights, stored, given, checkpoint)
     adapter = MMAConfig(
         r=settings["adapter_dim"],
@@ -106,6 +131,7 @@ def convert_checkpoint(
         hub=hub,
         projector_hidden_size=settings["hidden_proj"],
         vision_feature_layers=vision_feature_layers,
+        image_size=image_size,
     )
     processor = pair_processor(config, preprocessing, hub)
     # Everything is compared on a model without weights, before anything is loaded or written.
@@ -132,7 +158,10 @@ def read_checkpoint(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
         `OSError`: if there is no such file.
         `ValueError`: if it is of another kind; the message says which and what to do.
     """
-    way_out = "`lavin convert` reads the `checkpoint-N.pth` that the reference implementation of LaVIN writes."
+    way_out = (
+        "`lavin convert` reads the `checkpoint-N.pth` that the reference implementation of LaVIN writes, or a state "
+        "dict with InfMLLM's pool-adapter."
+    )
     if os.path.isdir(file):
         raise ValueError(f"{file} is a folder. {way_out}")
     with open(file, "rb") as handle:
@@ -159,6 +188,10 @@ def read_checkpoint(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{file} holds no dict of weights under `model`. {way_out}")
     weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
+    args = content.get("args") or {}
+    args = args if isinstance(args, dict) else vars(args)
+    if has_pool_adapter(weights):
+        return weights, args
     if any(LANGUAGE_MODEL.search(key) for key in weights):
         raise ValueError(
             f"{file} holds a language model's own weights, not an adapter. {way_out} The language model goes into "
@@ -167,8 +200,7 @@ def read_checkpoint(file: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
     if not any("adapter_" in key for key in weights):
         shown = ", ".join(list(weights)[:3]) or "nothing at all"
         raise ValueError(f"{file} holds no weights of LaVIN (no `adapter_` in any name; it holds {shown}). {way_out}")
-    args = content.get("args") or {}
-    return weights, args if isinstance(args, dict) else vars(args)
+    return weights, args
 
 
 def hyper_parameters(weights: dict, stored: dict, given: dict, file) -> dict:

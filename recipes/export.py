@@ -109,8 +109,8 @@ def text_tokenizer(processor) -> PreTrainedTokenizerFast:
 
 def write_image_side(model, processor, folder: Path):
     """Writes what turns images into image tokens, and prompts into embeddings."""
-    vision = model.config.vision_config
-    pixels = torch.zeros(2, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+    blank = Image.new("RGB", (64, 64))  # of the size that the processor makes
+    pixels = processor.image_processor([blank, blank], return_tensors="pt").pixel_values
     images = torch.export.Dim("images", min=1, max=1024)
     with torch.no_grad():
         program = torch.export.export(

@@ -8,6 +8,7 @@ from peft import inject_adapter_in_model
 from transformers import GenerationConfig
 
 from lavin import LavinConfig, LavinForConditionalGeneration, LavinProcessor, MMAConfig
+from lavin.configuration_lavin import OWN_FIELDS
 from lavin.folder_lavin import ADAPTER_NAME, BASE_WEIGHTS, check_output_folder, config_of_pair
 from lavin.towers_lavin import TOKENIZER_FILES, has_tokenizer
 from lavin.tuner_lavin import default_target_modules
@@ -23,6 +24,9 @@ def init_folder(
     projector_hidden_size: int | None = None,
     vision_feature_layers: list[int] | None = None,
     preprocessing: str = "lavin",
+    projector_type: str | None = None,
+    pool_size: int | None = None,
+    image_size: int | None = None,
     **hub,
 ) -> Path:
     r"""
@@ -35,7 +39,7 @@ def init_folder(
         output (`str` or `os.PathLike`): A new or empty folder, or a light one without an adapter.
         full (`bool`, *optional*, defaults to `False`): Load both and write their weights as well.
         vision_revision, text_revision (`str`, *optional*): Branch, tag or commit; the commit is what is written.
-        projector_hidden_size (`int`, *optional*): As in [`LavinConfig`], like the next.
+        projector_hidden_size, projector_type, pool_size, image_size (*optional*): As in [`LavinConfig`].
         vision_feature_layers (`list[int]`, *optional*): Blocks whose class token is read, counted from 1.
         preprocessing (`str`, *optional*, defaults to `"lavin"`): `"lavin"` or `"clip"`, see [`LavinProcessor`].
         hub: `token`, `cache_dir` and the like.
@@ -49,7 +53,13 @@ def init_folder(
         written then.
     """
     check_new_folder(output)
-    settings = {"projector_hidden_size": projector_hidden_size, "vision_feature_layers": vision_feature_layers}
+    settings = {
+        "projector_type": projector_type,
+        "projector_hidden_size": projector_hidden_size,
+        "vision_feature_layers": vision_feature_layers,
+        "pool_size": pool_size,
+        "image_size": image_size,
+    }
     settings = {key: value for key, value in settings.items() if value is not None}
     config, generation_config = config_of_pair(vision, text, vision_revision, text_revision, hub=hub, **settings)
     processor = pair_processor(config, preprocessing, hub)
@@ -99,6 +109,7 @@ def pair_processor(config: LavinConfig, preprocessing: str, hub: dict) -> LavinP
         text["name"],
         num_image_tokens=config.num_image_tokens,
         preprocessing=preprocessing,
+        image_size=config.image_size,
         vision_revision=vision["revision"],
         text_revision=text["revision"],
         **hub,
@@ -127,8 +138,6 @@ def load_pair(config: LavinConfig, hub: dict) -> LavinForConditionalGeneration:
         text["name"],
         vision_revision=vision["revision"],
         text_revision=text["revision"],
-        projector_hidden_size=config.projector_hidden_size,
-        vision_feature_layers=config.vision_feature_layers,
-        image_token_id=config.image_token_id,
+        **{name: getattr(config, name) for name in OWN_FIELDS},
         **hub,
     )

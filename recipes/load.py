@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from lavin import LavinForConditionalGeneration, LavinProcessor
+from lavin import LavinConfig, LavinForConditionalGeneration, LavinProcessor
+from lavin.files_lavin import find_file
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -23,6 +24,9 @@ def load_processor(name: str | os.PathLike, revision: str | None = None) -> Lavi
         _check_folder(Path(name))
     elif name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise ValueError(f"There is no folder {name}. Name a LaVIN folder (the output of `trl sft`) or a Hub name.")
+    else:
+        for file in ("config.json", "processor_config.json", "tokenizer.json"):
+            find_file(name, file, {"revision": revision})  # says which is missing where the Hub is out of reach
     return LavinProcessor.from_pretrained(name, revision=revision)
 
 
@@ -58,10 +62,24 @@ def load_model(
         raise ValueError(f"There is no device {device!r} for torch here: {str(error).splitlines()[0]}") from error
     dtype = default_dtype(device) if dtype is None else dtype
     model = LavinForConditionalGeneration.from_pretrained(name, revision=revision, dtype=dtype)
+    check_agreement(model.config, processor, name)
     try:
         return model.to(device).eval(), processor
     except torch.OutOfMemoryError as error:
         raise ValueError(f"The memory of {device} does not hold {name}: {str(error).splitlines()[0]}") from error
+
+
+def check_agreement(config: LavinConfig, processor: LavinProcessor, name: str | os.PathLike):
+    """
+    Raises:
+        `ValueError`: if model and processor differ in the image tokens of an image.
+    """
+    if processor.num_image_tokens != config.num_image_tokens:
+        raise ValueError(
+            f"The processor of {name} writes {processor.num_image_tokens} tokens for each image, and the model makes "
+            f"{config.num_image_tokens}. Load the processor in Python, set `processor.num_image_tokens = "
+            f"{config.num_image_tokens}`, and save it with a model of that setting (`save_pretrained`)."
+        )
 
 
 def default_device() -> str:

@@ -164,6 +164,11 @@ DAMAGES = {  # kind of folder, damage, {name of a red line: words of it and of i
     ),
     "another model": ("trained", lambda f: edit(f / "config.json", model_type="bert"), {"config": ("bert", "init")}),
     "adapter cut off": ("trained", lambda f: truncate(f / WEIGHTS), {"adapter": ("cannot be read", "checkpoint-N")}),
+    "a flipped bit in the adapter": (
+        "trained",
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1] + b"\x55"),
+        {"adapter": ("its bytes are not those that were saved", "checkpoint-N")},
+    ),
     "NaN in the adapter": (
         "trained",
         lambda f: change_tensor(f / WEIGHTS, nan),
@@ -197,7 +202,7 @@ DAMAGES = {  # kind of folder, damage, {name of a red line: words of it and of i
     "a processor of another image size": (
         "trained",
         lambda f: edit(f / "processor_config.json", image_processor__size={"height": 14, "width": 14}),
-        {"processor": ("images of 14 x 14 pixels, the vision tower reads 28 x 28", "LavinProcessor")},
+        {"processor": ("images of 14 x 14 pixels, the model's are 28 x 28", "LavinProcessor")},
     ),
     "a chat template without images": (
         "trained",

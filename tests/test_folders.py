@@ -293,7 +293,7 @@ def test_card_has_the_models_numbers_and_keeps_what_the_user_wrote(trained, tmp_
 
 def test_old_adapter_survives_a_save_that_dies(trained, expected, tmp_path, monkeypatch):
     trained.save_pretrained(tmp_path)
-    monkeypatch.setattr("lavin.folder_lavin.save_file", lambda *args, **kwargs: exit(9))
+    monkeypatch.setattr("lavin.files_lavin.save_file", lambda *args, **kwargs: exit(9))
     with pytest.raises(SystemExit):
         trained.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), expected)

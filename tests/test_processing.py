@@ -443,8 +443,8 @@ def test_vision_checkpoints(folders, tmp_path):
 def test_pil_where_torchvision_would_be_taken(qwen):
     """On a machine with torchvision the Auto classes load that backend, which resizes otherwise."""
     other = type("CLIPImageProcessor", (CLIPImageProcessorPil,), {})(size={"height": 16, "width": 16})
-    assert type(LavinProcessor(other, qwen.tokenizer).image_processor) is CLIPImageProcessorPil
-    assert LavinProcessor(other, qwen.tokenizer).image_processor.size == {"height": 16, "width": 16}
+    assert type(LavinProcessor(other, qwen.tokenizer, 2).image_processor) is CLIPImageProcessorPil
+    assert LavinProcessor(other, qwen.tokenizer, 2).image_processor.size == {"height": 16, "width": 16}
 
 
 def test_rows_with_and_without_images(qwen):
@@ -466,7 +466,7 @@ def test_left_padding_by_default(qwen, folders, tmp_path):
     qwen.save_pretrained(tmp_path)
     right = tiny_tokenizer("qwen")
     right.add_special_tokens({"extra_special_tokens": ["<image>"]})
-    for processor in (qwen, LavinProcessor.from_pretrained(tmp_path), LavinProcessor(qwen.image_processor, right)):
+    for processor in (qwen, LavinProcessor.from_pretrained(tmp_path), LavinProcessor(qwen.image_processor, right, 2)):
         assert padding(processor)[0] == 0 and padding(processor)[-1] == 1
         assert padding(processor, padding_side="right")[0] == 1
 
@@ -595,7 +595,7 @@ def test_other_bad_input(qwen, folders, tmp_path):
     with pytest.raises(ValueError, match="`num_image_tokens` must be at least 1, got 0"):
         build(folders / "vision", folders / "qwen", num_image_tokens=0)
     with pytest.raises(ValueError, match="holds '<image>' as an added token.*from_vision_text_pretrained"):
-        LavinProcessor(qwen.image_processor, tiny_tokenizer("qwen"))
+        LavinProcessor(qwen.image_processor, tiny_tokenizer("qwen"), 2)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="no vision tower.*llama.*image_size"):
         build(tmp_path, folders / "qwen")

@@ -127,7 +127,7 @@ def test_routing_table_and_image_features(model):
         for i in WITH_IMAGE:
             images = lavin.get_image_features(EXPECTED[f"{i}.pixel_values"][None])
             torch.testing.assert_close(images.pooler_output[0], EXPECTED[f"{i}.image_embeds"], atol=1e-5, rtol=0)
-            torch.testing.assert_close(images.hidden_states[0][0], EXPECTED[f"{i}.image_features"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(images.tapped_states[0], EXPECTED[f"{i}.image_features"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("modality", ["text", "image"])

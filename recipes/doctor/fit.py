@@ -120,10 +120,9 @@ def check_processor(folder: Folder) -> Iterator[Line]:
         if (found := getattr(processor, name)) != wanted:
             lines.append(f"{name} is {found}, the model's {wanted}")
     pixels = processor.image_processor([Image.new("RGB", (37, 23))], return_tensors="pt").pixel_values
-    size, wanted = tuple(pixels.shape[-2:]), config.vision_config.image_size
-    wanted = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
+    size, wanted = tuple(pixels.shape[-2:]), config.image_shape[-2:]
     if size != wanted:
-        lines.append(f"images of {size[0]} x {size[1]} pixels, the vision tower reads {wanted[0]} x {wanted[1]}")
+        lines.append(f"images of {size[0]} x {size[1]} pixels, the model's are {wanted[0]} x {wanted[1]}")
     vocabulary = {token: i for token, i in processor.tokenizer.get_vocab().items() if token != processor.image_token}
     token, highest = max(vocabulary.items(), key=lambda item: item[1])
     if highest >= config.text_config.vocab_size:

@@ -109,7 +109,8 @@ def processor_again(folder: Folder) -> str:
     upload = "" if folder.is_local else f" Then `hf upload {folder.name} DIR .`"
     return (
         f'`python -c "from lavin import LavinProcessor; LavinProcessor.from_vision_text_pretrained({names}, '
-        f'num_image_tokens={config.num_image_tokens}).save_pretrained({where})"` writes it anew.{upload}'
+        f"num_image_tokens={config.num_image_tokens}, image_size={config.image_size})"
+        f'.save_pretrained({where})"` writes it anew.{upload}'
     )
 
 

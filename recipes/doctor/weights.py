@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from lavin import MMAConfig
+from lavin.files_lavin import read_adapter
 from lavin.folder_lavin import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, set_adapter_weights
 from lavin.recipes.doctor.folder import ADAPTER_AGAIN, Folder, base_again, local_file
 from lavin.recipes.doctor.report import FAIL, OK, SKIP, Line, said
@@ -24,7 +25,8 @@ def check_adapter(folder: Folder) -> Iterator[Line]:
         return
     try:
         shapes, bad = read_weights(weights)
-    except (SafetensorError, OSError) as error:
+        read_adapter(weights)  # compares its digest
+    except (SafetensorError, OSError, ValueError) as error:
         yield Line(FAIL, "adapter", f"{ADAPTER_NAME}/{ADAPTER_WEIGHTS} cannot be read: {said(error)}", ADAPTER_AGAIN)
         return
     if bad:
