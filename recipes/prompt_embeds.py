@@ -2,13 +2,18 @@
 Prompts with images as embeddings, for an engine that knows plain language models and takes prompt embeddings.
 
     python prompt_embeds.py FOLDER "What is this?" --image cat.png --output prompt.pt
+    python prompt_embeds.py FOLDER "What is this?" --image cat.png --server http://127.0.0.1:8000/v1
 
 `lavin export` writes this file into the image side's folder. It needs torch, transformers, safetensors and Pillow.
 LaVIN need not be installed, and of the language model only its embedding is read.
 """
 
 import argparse
+import base64
+import io
 import json
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +95,47 @@ def prompt_embeds(side: ImageSide, question: str, images: list[Image.Image]) -> 
     return embeds
 
 
+def ask_server(server: str, embeds: torch.Tensor, max_tokens: int = 64) -> dict:
+    """
+    Asks an engine that serves the language model of this folder with OpenAI's completions, greedily.
+
+    Args:
+        server (`str`): Address up to `/v1`, of vLLM started with `--enable-prompt-embeds` for example.
+        embeds (`torch.Tensor`): From [`prompt_embeds`].
+        max_tokens (`int`, *optional*, defaults to 64): Length of the answer at most.
+
+    Returns:
+        `dict`: the first choice: `text`, `finish_reason`, and `token_ids` where the engine knows that field.
+
+    Raises:
+        `OSError`: if there is no answer, or the engine refuses; the message has its reason.
+    """
+    file = io.BytesIO()
+    torch.save(embeds, file)
+    body = {
+        "model": _call(server, "models")["data"][0]["id"],
+        "prompt_embeds": base64.b64encode(file.getvalue()).decode(),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+    return _call(server, "completions", body)["choices"][0]
+
+
+def _call(server: str, path: str, body: dict | None = None) -> dict:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.rstrip('/')}/{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise OSError(
+            f"{request.full_url} refuses: {error.code} {error.read(2000).decode(errors='replace')}"
+        ) from error
+    except OSError as error:
+        raise OSError(f"{request.full_url} does not answer: {error}. Is the engine running there?") from error
+
+
 def _read_embedding(folder: Path) -> torch.Tensor:
     """The language model's input embedding, read alone from its safetensors file or shards."""
     index = folder / "model.safetensors.index.json"
@@ -103,16 +149,22 @@ def _read_embedding(folder: Path) -> torch.Tensor:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write a prompt with images as embeddings.")
+    parser = argparse.ArgumentParser(description="Turn a prompt with images into embeddings.")
     parser.add_argument("folder", metavar="DIR", help="the folder `image` of `lavin export`")
     parser.add_argument("question")
     parser.add_argument("--image", action="append", required=True, metavar="FILE", help="may be given several times")
-    parser.add_argument("--output", required=True, metavar="FILE.pt")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", metavar="FILE.pt", help="write the embeddings")
+    target.add_argument("--server", metavar="URL", help="ask the engine at this address, up to /v1")
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="with --server; 64 by default")
     options = parser.parse_args()
     images = [Image.open(path) for path in options.image]
     embeds = prompt_embeds(load_image_side(options.folder), options.question, images)
-    torch.save(embeds, options.output)
-    print(f"Wrote {tuple(embeds.shape)} to {options.output}.")
+    if options.server:
+        print(ask_server(options.server, embeds, options.max_tokens)["text"])
+    else:
+        torch.save(embeds, options.output)
+        print(f"Wrote {tuple(embeds.shape)} to {options.output}.")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ class Row:
     ended: bool = False
 
     @property
+    def so_far(self) -> torch.Tensor:
+        """The prompt and the tokens that are there: what is prefilled, of a row that begins again too."""
+        return torch.cat([self.input_ids, self.input_ids.new_tensor(self.tokens)])
+
+    @property
     def cached(self) -> int:
         """Tokens in the cache: the prompt and all new tokens but the last."""
         return len(self.input_ids) + len(self.tokens) - 1
@@ -83,10 +88,11 @@ class RowBatch:
     def __init__(self, model, rows: list[Row]):
         self.model, self.rows = model, list(rows)
         device = model.device
-        length = max(len(row.input_ids) for row in rows)
+        read = [row.so_far for row in rows]
+        length = max(map(len, read))
         pad = 0 if model.config.image_token_id != 0 else 1  # any token: the mask leaves it out
-        ids = [F.pad(row.input_ids, (length - len(row.input_ids), 0), value=pad) for row in rows]
-        mask = [F.pad(torch.ones_like(row.input_ids), (length - len(row.input_ids), 0)) for row in rows]
+        ids = [F.pad(ids, (length - len(ids), 0), value=pad) for ids in read]
+        mask = [F.pad(torch.ones_like(ids), (length - len(ids), 0)) for ids in read]
         images = [row.pixel_values for row in rows if row.pixel_values is not None]
         self.mask = torch.stack(mask).to(device)
         self.cache = DynamicCache(config=model.config.get_text_config())

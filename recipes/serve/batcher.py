@@ -22,7 +22,8 @@ class Batcher:
     is shared state: one model serves one thread).
 
     At each step the waiting rows that fit are prefilled together and join the running ones; then every running row
-    gets one token, and rows that are done leave.
+    gets one token, and rows that are done leave. Rows that the memory does not hold together begin again from where
+    they are, fewer at once.
 
     Args:
         model (`LavinForConditionalGeneration`): In eval mode, on its device. Nothing may change it from here on.
@@ -132,10 +133,13 @@ class Batcher:
                 self.batch.step()
                 going_on = self._deliver(self.batch)
             except Exception as error:  # the cache may hold half a step
-                failed = self._reason(error)
+                failed, full = self._reason(error), is_full(error)
             if failed is not None:  # here, so that the error's frames do not hold the step's memory
                 rows, self.batch = self.batch.rows, None
-                self._fail(rows, failed)
+                if full and len(rows) > 1:
+                    self._again(rows, len(rows) * max(row.final_length for row in rows) // 2)
+                else:
+                    self._fail(rows, failed)
                 return
             self._keep(going_on)
             self.steps += 1
@@ -167,11 +171,11 @@ class Batcher:
 
     def _begin(self, rows: list[Row]):
         """Prefills rows and joins them to the running ones."""
-        failed = None
+        failed, full, batch = None, False, None
         try:
             batch = RowBatch(self.model, rows)
         except Exception as error:
-            failed = self._reason(error)
+            failed, full = self._reason(error), is_full(error)
         if failed is not None and len(rows) > 1:  # one row's fault must not end the others; half the memory helps
             logger.warning("%d rows could not be prefilled together: each is tried alone", len(rows))
             self._release()
@@ -187,11 +191,14 @@ class Batcher:
                     self.batch = batch
                 self.failures = 0
             except Exception as error:
-                failed = self._reason(error)
+                failed, full = self._reason(error), is_full(error)
         self.starting = [row for row in self.starting if row not in rows]
-        batch = None
-        if failed is not None:
-            self._fail([row for row in rows if not row.ended], failed)
+        batch, left = None, [row for row in rows if not row.ended]
+        if failed is not None and full and (self.batch is not None or len(left) > 1):
+            running = self.batch.rows if self.batch is not None else left[: len(left) // 2]
+            self._again(left, len(running) * max(row.final_length for row in running))
+        elif failed is not None:
+            self._fail(left, failed)
 
     def _deliver(self, batch: RowBatch) -> list[int]:
         """Hands each row its new token; returns the rows that go on, by their places."""
@@ -230,6 +237,14 @@ class Batcher:
         except Exception:  # its listener is gone
             row.cancelled = True
 
+    def _again(self, rows: list[Row], tokens: int):
+        """Rows that the memory does not hold beside the others wait for their turn; from here on less is tried."""
+        self.max_batch_tokens = max(1, min(tokens, self.max_batch_tokens))
+        logger.warning("out of memory: from here on at most %d tokens are in a batch", self.max_batch_tokens)
+        with self.changed:
+            self.waiting.extendleft(reversed([row for row in rows if not row.cancelled]))
+        self._release()
+
     def _fail(self, rows: list[Row], failed: Failed):
         for row in rows:
             self._tell(row, failed)
@@ -240,10 +255,15 @@ class Batcher:
         self.failures += 1
         logger.error("a step failed", exc_info=error)
         first = (str(error).splitlines() or [""])[0][:300]
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in first.lower():
+        if is_full(error):
             return Failed(500, f"The server ran out of memory in this request's batch: {first}")
         return Failed(500, f"The model failed on this request's batch: {type(error).__name__}: {first}")
 
     def _release(self):
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def is_full(error: Exception) -> bool:
+    """Whether it is the memory that did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower()

