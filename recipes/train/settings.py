@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import yaml
+
+from lavin.files_lavin import read_text
 
 
 NOT_TRL = {"env", "accelerate_config"}  # keys that `trl sft` takes from a YAML besides its options
@@ -46,8 +49,7 @@ class Settings:
 
 def read_settings(config: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
     """
-    Reads a recipe as `trl sft --config` will. TRL's parser touches the GPU, so it runs in a process of its own: none
-    of the GPU's memory stays taken by the launcher.
+    Reads a recipe as `trl sft --config` will.
 
     Args:
         config (`str` or `os.PathLike`): The YAML.
@@ -57,14 +59,35 @@ def read_settings(config: str | os.PathLike, overrides: list[str] | tuple[str, .
         `ValueError`: if the YAML cannot be read, a key is unknown, a value is of the wrong kind, or the machine cannot
         do what is asked.
     """
-    recipe = read_yaml(config)
-    os.environ.update({key: str(value) for key, value in (recipe.get("env") or {}).items()})  # as TRL does
-    arguments = ["--config", os.fspath(config), *overrides]
+    return read_several([config], overrides)[0]
+
+
+def read_several(configs: list, overrides: list[str] | tuple[str, ...] = ()) -> list[Settings]:
+    """
+    [`read_settings`] of several recipes. TRL's parser touches the GPU, so it runs in a process of its own: none of the
+    GPU's memory stays taken by the launcher.
+    """
+    recipes = [read_yaml(config) for config in configs]
+    for recipe in recipes:
+        os.environ.update({key: str(value) for key, value in (recipe.get("env") or {}).items()})  # as TRL does
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
-        future = worker.submit(_parse_quietly, arguments, list(recipe))
+        futures = [
+            worker.submit(_parse_quietly, ["--config", os.fspath(config), *overrides], list(recipe))
+            for config, recipe in zip(configs, recipes, strict=True)
+        ]
         import lavin.recipes.train.rows  # noqa: F401  (takes as long, and is needed next)
 
-        return future.result()
+        return [future.result() for future in futures]
+
+
+def count_steps(settings: Settings, rows: int) -> int:
+    """Optimiser steps of a run on so many rows, as Trainer counts them."""
+    if settings["max_steps"] > 0:
+        return settings["max_steps"]
+    batch = settings["per_device_train_batch_size"] * settings.processes
+    batches = rows // batch if settings["dataloader_drop_last"] else math.ceil(rows / batch)
+    updates = max(math.ceil(batches / settings["gradient_accumulation_steps"]), 1)
+    return math.ceil(settings["num_train_epochs"] * updates)
 
 
 def read_yaml(config: str | os.PathLike) -> dict:
@@ -77,7 +100,7 @@ def read_yaml(config: str | os.PathLike) -> dict:
         near = sorted(str(other) for other in path.parent.glob("*.y*ml"))[:5] if path.parent.is_dir() else []
         raise ValueError(f"There is no recipe {config}." + (f" Beside it: {', '.join(near)}." if near else ""))
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{config} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
@@ -185,7 +208,7 @@ def _read_launch(parser, arguments: list[str], settings: Settings):
     settings.machine_rank = options.machine_rank or 0
     settings.deepspeed = bool(options.use_deepspeed)
     if settings.deepspeed and options.deepspeed_config_file:
-        own = json.loads(Path(options.deepspeed_config_file).read_text(encoding="utf-8"))
+        own = json.loads(read_text(options.deepspeed_config_file))
         settings.zero_stage = own.get("zero_optimization", {}).get("stage", 0)
     elif settings.deepspeed:
         settings.zero_stage = 2 if options.zero_stage is None else int(options.zero_stage)  # accelerate's default
