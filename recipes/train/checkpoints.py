@@ -1,5 +1,6 @@
 """Which checkpoints of a run are whole. TRL looks at the newest one only, and dies on a half-written one."""
 
+import filecmp
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from lavin.folder_lavin import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS
+from lavin.folder_lavin import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, BASE_WEIGHTS
 
 
 STATE = "trainer_state.json"  # TRL writes it last
@@ -44,7 +45,10 @@ def checkpoint_problem(checkpoint: str | os.PathLike, processes: int = 1) -> str
         `str` or `None`: the first thing that is missing or cut off, `None` where the checkpoint is whole.
     """
     folder = Path(checkpoint)
-    for name in (STATE, "config.json", f"{ADAPTER_NAME}/{ADAPTER_CONFIG}"):
+    names = [STATE, "config.json"]
+    if (folder / ADAPTER_NAME).is_dir():
+        names.append(f"{ADAPTER_NAME}/{ADAPTER_CONFIG}")
+    for name in names:
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -53,7 +57,7 @@ def checkpoint_problem(checkpoint: str | os.PathLike, processes: int = 1) -> str
             return f"{name} is cut off"
         if name == STATE and not isinstance(content.get("global_step"), int):
             return f"{STATE} has no step"
-    if problem := adapter_problem(folder):
+    if problem := weights_problem(folder):
         return problem
     if (folder / "latest").is_file():  # DeepSpeed: weights and optimiser of each process in a folder of their own
         states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
@@ -82,17 +86,45 @@ def zero_ranks(checkpoint: str | os.PathLike) -> int:
     return len(list(Path(checkpoint).glob("global_step*/*optim_states*.pt")))
 
 
-def adapter_problem(folder: str | os.PathLike) -> str | None:
-    """What is wrong with the adapter file of a folder; the header tells how long the file must be."""
-    file = Path(folder, ADAPTER_NAME, ADAPTER_WEIGHTS)
-    if not file.is_file():
-        return f"{ADAPTER_NAME}/{ADAPTER_WEIGHTS} is missing"
-    try:
-        with safe_open(file, framework="pt") as opened:
-            opened.keys()
-    except (SafetensorError, OSError):
-        return f"{ADAPTER_NAME}/{ADAPTER_WEIGHTS} is cut off"
+def weight_files(folder: str | os.PathLike) -> list[str]:
+    """
+    The weights that a run writes into a folder: the adapter, the whole base where that was trained, or both.
+
+    Returns:
+        `list[str]`: names in the folder, also of files that should be there; the adapter's where there is nothing.
+    """
+    folder = Path(folder)
+    single, index = BASE_WEIGHTS
+    names = [single] if (folder / single).is_file() else []
+    if not names and (folder / index).is_file():
+        try:
+            names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError):
+            names = [index]  # no tensors in there: cut off
+    adapter = f"{ADAPTER_NAME}/{ADAPTER_WEIGHTS}"
+    return [*names, adapter] if (folder / ADAPTER_NAME).is_dir() or not names else names
+
+
+def weights_problem(folder: str | os.PathLike) -> str | None:
+    """What is wrong with the weights of a folder; the header of each file tells how long it must be."""
+    for name in weight_files(folder):
+        file = Path(folder, name)
+        if not file.is_file():
+            return f"{name} is missing"
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError):
+            return f"{name} is cut off"
     return None
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether two folders hold the same weights, byte by byte."""
+    names = weight_files(a)
+    if names != weight_files(b) or weights_problem(a) or weights_problem(b):
+        return False
+    return all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
 
 
 def last_whole(output_dir: str | os.PathLike, processes: int = 1) -> tuple[Path | None, dict[Path, str]]:

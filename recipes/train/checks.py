@@ -8,6 +8,8 @@ from pathlib import Path
 from peft import PeftConfig
 
 from lavin import LavinConfig, LavinProcessor, MMAConfig
+from lavin.configuration_lavin import OWN_FIELDS
+from lavin.files_lavin import read_text
 from lavin.folder_lavin import (
     ADAPTER_CONFIG,
     ADAPTER_NAME,
@@ -18,6 +20,8 @@ from lavin.folder_lavin import (
     local_checkpoints,
 )
 from lavin.recipes.init import meta_model
+from lavin.recipes.load import check_agreement
+from lavin.recipes.train.base import asked_patterns, check_base_options, trained_of_base
 from lavin.recipes.train.settings import Settings
 from lavin.towers_lavin import tower_config
 
@@ -41,7 +45,11 @@ def check_options(settings: Settings) -> list[str]:
         raise ValueError("`trust_remote_code: true` is missing: `trl sft` loads LaVIN's code from the model's folder.")
     kwargs = settings["model_init_kwargs"] or {}
     if kwargs.get("mma") is None and not kwargs.get("trainable"):
-        raise ValueError("`model_init_kwargs: {mma: {}}` is missing: without it all is frozen and nothing is trained.")
+        raise ValueError(
+            "`model_init_kwargs: {mma: {}}` is missing: without it all is frozen and nothing is trained. (In its "
+            "place `{trainable: [regex, ...]}` trains parts of the base.)"
+        )
+    check_base_options(settings)
     if settings["use_peft"]:
         raise ValueError("`use_peft` puts LoRA on top of the adapter: remove it, and `lora_*` with it.")
     if settings["packing"] or settings["padding_free"] or settings["eval_packing"]:
@@ -101,9 +109,10 @@ def check_model(settings: Settings) -> tuple[LavinConfig, LavinProcessor, int]:
     processor = _find(name, "processor_config.json", hub)
     if processor is None:
         raise ValueError(f"{name} has no processor (processor_config.json). {again}")
-    if "auto_map" not in stored or '"auto_map"' not in Path(processor).read_text(encoding="utf-8"):
+    if "auto_map" not in stored or '"auto_map"' not in read_text(processor):
         raise ValueError(f"{name} does not say where its code is (`auto_map`), and `trl sft` cannot load it. {again}")
-    config = LavinConfig.from_pretrained(name, **hub)
+    asked = settings["model_init_kwargs"] or {}
+    config = LavinConfig.from_pretrained(name, **{key: asked[key] for key in OWN_FIELDS if key in asked}, **hub)
     if not any(_find(name, file, hub) for file in BASE_WEIGHTS):
         sources = {"base": config.base_checkpoint}
         if config.base_checkpoint is None:
@@ -116,14 +125,20 @@ def check_model(settings: Settings) -> tuple[LavinConfig, LavinProcessor, int]:
             else:
                 tower_config(source["name"], source.get("revision"), kind, {})
     processor = LavinProcessor.from_pretrained(name, **hub)
+    check_agreement(config, processor, name)
     template = settings["chat_template_path"]
     if template and os.path.isfile(template):
-        processor.chat_template = Path(template).read_text(encoding="utf-8")
+        processor.chat_template = read_text(template)
     return config, processor, count_trained(config, settings, hub)
 
 
 def count_trained(config: LavinConfig, settings: Settings, hub: dict) -> int:
-    """The number of values in the adapter that `model_init_kwargs.mma` asks for, which must fit a stored one."""
+    """
+    The number of values in the adapter that `model_init_kwargs.mma` asks for, which must fit a stored one, or in what
+    `trainable` names.
+    """
+    if asked_patterns(settings) is not None:
+        return sum(count for _, count in trained_of_base(config, settings, hub))
     adapter = asked_adapter(settings, hub)
     if adapter is None:
         return 0
@@ -183,14 +198,14 @@ def check_push(settings: Settings, config: LavinConfig, report_to: list[str]):
     name = settings["model_name_or_path"]
     full = os.path.isdir(name) and any(os.path.isfile(os.path.join(name, file)) for file in BASE_WEIGHTS)
     local = [name] if full else local_checkpoints(config)
-    if local:
+    if local and asked_patterns(settings) is None:
         raise ValueError(
             f"`push_to_hub` would upload an adapter whose base is on this machine ({', '.join(local)}): nobody else "
             "could load it. Start from checkpoints on the Hub (`lavin init --vision NAME --text NAME`)."
         )
     if settings["hub_strategy"] not in KEEPS_ALL:
         raise ValueError(
-            f"`hub_strategy: {settings['hub_strategy']}` uploads without the adapter (`mma/`) and the code while the "
+            f"`hub_strategy: {settings['hub_strategy']}` uploads without the code and the adapter (`mma/`) while the "
             "run goes on: set `hub_strategy: end`, or `checkpoint` to have the last one on the Hub as well."
         )
     if settings["dataset_name"] and os.path.exists(settings["dataset_name"]):
@@ -226,14 +241,16 @@ def _is_installed(name: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder of that name beside the recipe has no origin
 
 
-def checkpoint_bytes(trained: int, deepspeed: bool, processor_folder: str | os.PathLike | None = None) -> int:
+def checkpoint_bytes(
+    trained: int, deepspeed: bool, processor_folder: str | os.PathLike | None = None, base: int = 0
+) -> int:
     """
     About how large a checkpoint is: the adapter and AdamW's two moments in float32 (under ZeRO the master weights and
-    a copy of the adapter too), code and processor.
+    a copy of the adapter too), code and processor. Where the base is trained, its `base` bytes in the adapter's place.
     """
     files = Path(processor_folder).glob("*") if processor_folder and os.path.isdir(processor_folder) else []
     small = sum(f.stat().st_size for f in files if f.is_file() and f.suffix not in (".safetensors", ".bin", ".pt"))
-    return trained * 4 * (5 if deepspeed else 3) + small + 2**18
+    return trained * 4 * (5 if deepspeed else 3) + small + 2**18 + max(base - trained * 4, 0)
 
 
 def check_output(settings: Settings, size: int, steps: int, held: int = 0) -> int:

@@ -1,26 +1,26 @@
 """`lavin train`: checks, a plan, unmodified `trl sft`, and our card put back."""
 
 import contextlib
-import filecmp
-import math
 import os
 import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lavin.folder_lavin import ADAPTER_NAME, ADAPTER_WEIGHTS, check_output_folder
+from lavin.folder_lavin import ADAPTER_NAME, check_output_folder
 from lavin.recipes.card import card_folder
+from lavin.recipes.train.base import asked_patterns, base_bytes, by_part, rounding_warning, trained_of_base
 from lavin.recipes.train.checkpoints import (
     STATE,
-    adapter_problem,
     checkpoint_problem,
     last_whole,
     list_checkpoints,
     put_aside,
     read_state,
+    same_weights,
     step_of,
     zero_ranks,
 )
@@ -32,19 +32,23 @@ from lavin.recipes.train.checks import (
     check_push,
     checkpoint_bytes,
     choose_report_to,
+    hub_arguments,
     readable,
 )
 from lavin.recipes.train.launch import run_watched
-from lavin.recipes.train.settings import Settings, read_settings, read_yaml
+from lavin.recipes.train.settings import Settings, count_steps, read_settings, read_yaml
 
 
-def train(config: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> int:
+def train(
+    config: str | os.PathLike, overrides: list[str] | tuple[str, ...] = (), settings: Settings | None = None
+) -> int:
     """
     Checks a recipe and its data, then runs `trl sft` on it, from the newest whole checkpoint if there is one.
 
     Args:
         config (`str` or `os.PathLike`): A YAML that `trl sft --config` takes.
         overrides (`list[str]`): Further options of `trl sft` and `accelerate launch`, as on their command line.
+        settings ([`Settings`], *optional*): What [`read_settings`] gives for both, where that is known.
 
     Returns:
         `int`: 0, the exit code of `trl sft`, or 128 + N after signal N.
@@ -53,26 +57,11 @@ def train(config: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()
         `OSError`, `ValueError`: if something would go wrong; nothing has been started then.
     """
     _say("Checking the recipe, the model and the rows ...")
-    settings = read_settings(config, list(overrides))
-    from lavin.recipes.train.record import compare_record, describe, write_record
-    from lavin.recipes.train.rows import check_columns, check_rows, load_rows, measure
+    settings = settings or read_settings(config, list(overrides))
+    from lavin.recipes.train.record import compare_record, write_record
 
-    warnings = check_options(settings)
-    check_output_folder(settings["output_dir"])
-    model, processor, trained = check_model(settings)
-    report_to = choose_report_to(settings)
-    check_push(settings, model, report_to)
-    limit, given = settings["max_length"], "max_length" in settings.given
-    data, now = {}, None
-    for split, rows in load_rows(settings.values).items():
-        columns, image = check_columns(split, rows, settings.values)
-        data[split] = measure(split, rows, columns, image, processor, limit, settings["dataset_num_proc"])
-        check_rows(split, data[split], limit, given, getattr(model.text_config, "max_position_embeddings", None))
-        if now is None:  # what is trained on comes first
-            steps = count_steps(settings, len(data[split]["problem"]))
-            now = describe(settings, model, rows, columns, data[split], steps)
-    size = checkpoint_bytes(trained, settings.deepspeed, settings["model_name_or_path"])
-
+    found = check_run(settings)
+    model, steps, size, now, warnings = found.model, found.steps, found.size, found.record, found.warnings
     output = Path(settings["output_dir"])
     with locked(output, settings.machine_rank):
         resume, finished = choose_checkpoint(settings, steps)
@@ -82,18 +71,18 @@ def train(config: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()
                 warnings.append(longer)
         if finished:
             _say(
-                f"This run is finished: {output} holds the adapter of step {step_of(resume)}. To train on, raise "
+                f"This run is finished: {output} holds what step {step_of(resume)} gave. To train on, raise "
                 f"`num_train_epochs` or `max_steps`; to start over, name another `output_dir`.\n{_ask(output)}"
             )
             return 0
         check_output(settings, size, steps, len(list_checkpoints(output)))
-        extra = [] if "report_to" in settings.given else ["--report_to", *(report_to or ["none"])]
+        extra = [] if "report_to" in settings.given else ["--report_to", *(found.report_to or ["none"])]
         extra += [] if "logging_nan_inf_filter" in settings.given else ["--logging_nan_inf_filter", "false"]
         extra += ["--resume_from_checkpoint", str(resume)] if resume else []
         arguments = [*_without_false(settings, config), *extra]
         for warning in warnings:
             _say(f"Warning: {warning}")
-        _say(plan(settings, model, trained, data, steps, report_to, resume))
+        _say(plan(settings, model, found.trained, found.data, steps, found.report_to, resume))
         _say("$ " + shlex.join(["trl", "sft", *arguments]) + "\n")
         trl = Path(sys.executable).with_name("trl")
         command = [str(trl)] if trl.exists() else [sys.executable, "-c", "from trl.cli import main; main()"]
@@ -101,6 +90,61 @@ def train(config: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()
             write_record(output, now)
         code = run_watched([*command, "sft", *arguments])
         return _after_success(settings) if code == 0 else _after_failure(settings, code, size)
+
+
+@dataclass
+class Checked:
+    """
+    What is known of a run before it starts.
+
+    Args:
+        model ([`LavinConfig`]): Configuration of the model.
+        trained (`int`): Number of values that are trained.
+        data (`dict`): What [`measure`](rows.py) gave for each split; what is trained on comes first.
+        steps (`int`): Optimiser steps.
+        size (`int`): Bytes of a checkpoint, about.
+        record (`dict`): What shapes the training, see [`describe`](record.py).
+        report_to, warnings (`list[str]`): Where the curves go; what to say.
+    """
+
+    model: object
+    trained: int
+    data: dict
+    steps: int
+    size: int
+    record: dict
+    report_to: list[str]
+    warnings: list[str]
+
+
+def check_run(settings: Settings) -> Checked:
+    """
+    Checks the settings, the model and every row of a run.
+
+    Raises:
+        `OSError`, `ValueError`: if something would go wrong.
+    """
+    from lavin.recipes.train.record import describe
+    from lavin.recipes.train.rows import check_columns, check_rows, load_rows, measure
+
+    warnings = check_options(settings)
+    check_output_folder(settings["output_dir"])
+    model, processor, trained = check_model(settings)
+    report_to = choose_report_to(settings)
+    check_push(settings, model, report_to)
+    limit, given = settings["max_length"], "max_length" in settings.given
+    data, record, steps = {}, None, 0
+    for split, rows in load_rows(settings.values).items():
+        columns, image = check_columns(split, rows, settings.values)
+        data[split] = measure(split, rows, columns, image, processor, limit, settings["dataset_num_proc"])
+        check_rows(split, data[split], limit, given, getattr(model.text_config, "max_position_embeddings", None))
+        if record is None:  # what is trained on comes first
+            steps = count_steps(settings, len(data[split]["problem"]))
+            record = describe(settings, model, rows, columns, data[split], steps)
+    warnings += rounding_warning(model, settings)
+    base = base_bytes(model, settings, trained) if asked_patterns(settings) else 0
+    size = checkpoint_bytes(trained, settings.deepspeed, settings["model_name_or_path"], base)
+    return Checked(model, trained, data, steps, size, record, report_to, warnings)
 
 
 def _without_false(settings: Settings, config: str | os.PathLike) -> list[str]:
@@ -124,16 +168,6 @@ def _say(text: str):
 
 def _ask(folder) -> str:
     return f'Ask it: lavin ask {shlex.quote(str(folder))} "What is this?" --image picture.png'
-
-
-def count_steps(settings: Settings, rows: int) -> int:
-    """Optimiser steps of a run on so many rows, as Trainer counts them."""
-    if settings["max_steps"] > 0:
-        return settings["max_steps"]
-    batch = settings["per_device_train_batch_size"] * settings.processes
-    batches = rows // batch if settings["dataloader_drop_last"] else math.ceil(rows / batch)
-    updates = max(math.ceil(batches / settings["gradient_accumulation_steps"]), 1)
-    return math.ceil(settings["num_train_epochs"] * updates)
 
 
 @contextlib.contextmanager
@@ -215,9 +249,7 @@ def choose_checkpoint(settings: Settings, steps: int) -> tuple[Path | None, bool
     if broken:
         _say(f"Going on from the one before it, {whole}.")
     _check_layout(whole, settings)
-    held, result = whole / ADAPTER_NAME / ADAPTER_WEIGHTS, output / ADAPTER_NAME / ADAPTER_WEIGHTS
-    saved = adapter_problem(output) is None and filecmp.cmp(held, result, shallow=False)
-    return whole, saved and read_state(whole)["global_step"] >= steps
+    return whole, read_state(whole)["global_step"] >= steps and same_weights(whole, output)
 
 
 def _check_layout(checkpoint: Path, settings: Settings):
@@ -239,6 +271,8 @@ def plan(settings: Settings, model, trained: int, data: dict, steps: int, report
         ("Model", f"{name} ({towers})"),
         ("Trained", f"{trained:,} values, {readable(trained * 4)}" if trained else "see `model_init_kwargs`"),
     ]
+    if asked_patterns(settings):
+        lines.append(("  of the base", by_part(trained_of_base(model, settings, hub_arguments(settings)))))
     for split, rows in data.items():
         length = rows["prompt"] + rows["completion"]
         with_images, limit = int((rows["images"] > 0).sum()), settings["max_length"]
@@ -274,7 +308,12 @@ def _after_success(settings: Settings) -> int:
         said = f"TRL's card stays: {error}"
     if settings["push_to_hub"] and push is None:
         said += f" On the Hub it is still TRL's: `lavin card {output} --push USER/{name or output.name}`."
-    _say(f"\nThe adapter is in {output / ADAPTER_NAME}. {said}\n{_ask(output)}")
+    what = (
+        f"The adapter is in {output / ADAPTER_NAME}"
+        if (output / ADAPTER_NAME).is_dir()
+        else f"The model is in {output}"
+    )
+    _say(f"\n{what}. {said}\n{_ask(output)}")
     last, _ = last_whole(output, settings.processes)
     if last and (best := read_state(last).get("best_model_checkpoint")):
         _say(f"The best checkpoint by {settings['metric_for_best_model']}: {best}")
