@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import TEXTS, VOCAB, batch, difference, pixels, row, tiny_lavin
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, QuantizedCache, StaticCache
+from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 
 from lavin.cache_lavin import carry_modality
 
@@ -47,46 +47,11 @@ def assert_answers(got, inputs, expected):
     assert torch.equal(got[:, inputs["input_ids"].shape[1] :], expected)
 
 
-WAYS = {
-    "dynamic": {},
-    "no cache": {"use_cache": False},
-    "static": {"cache_implementation": "static"},
-    "empty cache object": {"past_key_values": DynamicCache},
-    "in chunks": {"prefill_chunk_size": 3},
-    "in chunks, static": {"prefill_chunk_size": 3, "cache_implementation": "static"},
-    "one beam of several": {"num_beams": 1, "num_return_sequences": 1},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("text", ["llama2", "qwen3", "gpt2", "qwen2_padded"])
-def test_every_way_of_decoding_gives_the_same_answers(text, way):
-    model = tiny_lavin(text)
-    inputs = batch(model.config, IMAGES)
-    arguments = {name: value() if isinstance(value, type) else value for name, value in WAYS[way].items()}
-    assert_answers(greedy(model, **inputs, **arguments), inputs, slow_greedy(model, **inputs))
-
-
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_architecture_generates(text):
     model = tiny_lavin(text)
     inputs = batch(model.config, IMAGES)
     assert_answers(greedy(model, **inputs), inputs, slow_greedy(model, **inputs))
-
-
-def test_text_only_prompts(model):
-    inputs = batch(model.config, (0, 0))
-    assert_answers(greedy(model, **inputs), inputs, slow_greedy(model, **inputs))
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 4, 7, 100])
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_chunked_prefill_with_the_image_in_any_chunk(model, chunk, cache):
-    """The first chunks hold no image token, and are routed as image rows all the same."""
-    ids = torch.cat([row(model.config, 0, 5), row(model.config, 1, 3, seed=4)[1:]])[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels()}
-    got = greedy(model, **inputs, prefill_chunk_size=chunk, cache_implementation=cache)
-    assert_answers(got, inputs, slow_greedy(model, **inputs))
 
 
 def test_beams(model):
@@ -112,28 +77,6 @@ def test_sampling_is_reproducible_and_takes_several_answers(model):
     assert torch.equal(*answers) and len(answers[0]) == 2 * len(IMAGES)
 
 
-@pytest.mark.parametrize("text", ["llama2", "llama2_padded"])
-@pytest.mark.parametrize("images", [0, 1, 2])
-@pytest.mark.parametrize("assistant", ["lavin", "text only", "prompt lookup"])
-def test_assisted_and_prompt_lookup_decoding(text, images, assistant):
-    model = tiny_lavin(text)
-    ids = row(model.config, images, 4)
-    ids = torch.cat([ids, ids[:1]])[None]  # ends on BOS: what followed it, image tokens too, is a candidate
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if images:
-        inputs["pixel_values"] = pixels(images)
-    if assistant == "prompt lookup":
-        arguments = {"prompt_lookup_num_tokens": 4}
-    elif assistant == "lavin":
-        arguments = {"assistant_model": tiny_lavin(text, seed=5)}
-    else:
-        small = AutoModelForCausalLM.from_config(model.config.text_config).eval()
-        small.get_decoder().load_state_dict(tiny_lavin(text, adapter=False).model.language_model.state_dict())
-        small.generation_config.pad_token_id = 0
-        arguments = {"assistant_model": small}
-    assert_answers(greedy(model, **inputs, **arguments), inputs, slow_greedy(model, **inputs))
-
-
 def test_a_good_assistant_saves_forwards(model):
     """The draft is used: with itself as assistant, the model accepts everything."""
     inputs = batch(model.config, (1,))
@@ -147,40 +90,7 @@ def test_a_good_assistant_saves_forwards(model):
     assert len(calls) <= 4  # and the routing pass
 
 
-@pytest.mark.parametrize("cache", [None, DynamicCache], ids=["no cache", "empty cache"])
-def test_black_and_white_images_differ(model, cache):
-    inputs = batch(model.config, (1,))
-    scores = []
-    for colour in (-2.0, 2.0):
-        inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], colour)
-        arguments = {"past_key_values": cache()} if cache else {}
-        out = model.generate(
-            **inputs, **arguments, max_new_tokens=2, output_logits=True, return_dict_in_generate=True, do_sample=False
-        )
-        scores.append(out.logits[0])
-    assert difference(*scores) > 1e-2
-
-
 # The cache
-
-
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_hand_written_loop_equals_one_forward(text, kind):
-    model = tiny_lavin(text)
-    ids, pictures = torch.stack([row(model.config, 1, 6), row(model.config, 0, 9)]), pixels()
-    with torch.no_grad():
-        whole = model(input_ids=ids, pixel_values=pictures, use_cache=False).logits
-        if kind == "static":
-            cache = StaticCache(config=model.config.text_config, max_cache_len=32)
-        else:
-            cache = DynamicCache(config=model.config.text_config)
-        out = model(input_ids=ids[:, :5], pixel_values=pictures, past_key_values=cache)
-        steps = [out.logits]
-        for i in range(5, ids.shape[1]):
-            out = model(input_ids=ids[:, i : i + 1], past_key_values=out.past_key_values)
-            steps.append(out.logits)
-    assert difference(torch.cat(steps, 1), whole) < TOLERANCE
 
 
 def test_the_modality_follows_the_rows_of_a_cache(model):
