@@ -171,7 +171,7 @@ def test_what_the_readme_says_is_understood():
     readme = (Path(cli.__file__).parent / "evaluate" / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.M | re.S)
     assert set(yaml.safe_load(block)) <= set(FIELDS) and yaml.safe_load(block)["metric"] in METRICS
-    lines = "".join(re.findall(r"^```bash\n(.*?)^```$", readme, flags=re.M | re.S)).splitlines()
-    assert len(lines) == 6
+    lines = "".join(re.findall(r"^```bash\n(.*?)^```$", readme, flags=re.M | re.S)).replace("\\\n", "").splitlines()
+    assert len(lines) == 10
     for line in lines:
         cli.build_parser().parse_args(shlex.split(line)[1:])

@@ -30,6 +30,46 @@ def add_data_parser(commands):
     _shared_options(instructions)
     instructions.set_defaults(run=run_instructions)
 
+    caption = kinds.add_parser("caption", help="COCO captions, and Karpathy's split of them")
+    caption.add_argument(
+        "--annotations", required=True, metavar="FILE", help="captions_train2014.json or dataset_coco.json"
+    )
+    caption.add_argument(
+        "--split", default="train", metavar="NAME", help="of Karpathy's file: train (default), val, test"
+    )
+    caption.add_argument("--prompt", metavar="TEXT", help="what is asked, instead of ours")
+    _image_options(caption)
+    caption.set_defaults(run=run_caption)
+
+    vqa = kinds.add_parser("vqa", help="VQAv2, OK-VQA, TextVQA, GQA, OCR-VQA")
+    vqa.add_argument("--questions", required=True, metavar="FILE", help="the questions as they are published")
+    vqa.add_argument("--annotations", metavar="FILE", help="the answers, of VQAv2 and OK-VQA")
+    vqa.add_argument("--split", default="train", metavar="NAME", help="of OCR-VQA: train (default), val, test")
+    _image_options(vqa)
+    vqa.set_defaults(run=run_vqa)
+
+    grounding = kinds.add_parser("grounding", help="RefCOCO, RefCOCO+, RefCOCOg: a phrase and its box")
+    grounding.add_argument(
+        "--input", required=True, action="append", dest="inputs", metavar="FILE",
+        help="MDETR's .json or Qwen-VL's .jsonl; may be given several times",
+    )  # fmt: skip
+    grounding.add_argument("--decimals", type=int, default=3, metavar="N", help="of a coordinate (3)")
+    _image_options(grounding)
+    grounding.set_defaults(run=run_grounding)
+
+    pope = kinds.add_parser("pope", help="POPE: is there such a thing in the image?")
+    pope.add_argument(
+        "--input", required=True, action="append", dest="inputs", metavar="FILE",
+        help="coco_pope_random.json, ...; may be given several times",
+    )  # fmt: skip
+    _image_options(pope)
+    pope.set_defaults(run=run_pope)
+
+
+def _image_options(parser):
+    parser.add_argument("--image-root", required=True, metavar="DIR", help="what the images' names are relative to")
+    _shared_options(parser)
+
 
 def _shared_options(parser):
     parser.add_argument("--output", required=True, metavar="DIR", help="where the Parquet files go")
@@ -50,6 +90,35 @@ def run_instructions(kind, inputs, image_root, output, skip_bad, seed, num_proc)
     from .prepare import prepare
 
     report(prepare(Instructions(inputs, image_root), output, "train", seed, num_proc, skip_bad))
+
+
+def run_caption(kind, annotations, split, prompt, image_root, output, skip_bad, seed, num_proc):
+    from .captions import PROMPT, Captions
+    from .prepare import prepare
+
+    source = Captions(annotations, image_root, split, PROMPT if prompt is None else prompt)
+    report(prepare(source, output, split, seed, num_proc, skip_bad))
+
+
+def run_vqa(kind, questions, annotations, split, image_root, output, skip_bad, seed, num_proc):
+    from .prepare import prepare
+    from .vqa import VQA
+
+    report(prepare(VQA(questions, image_root, annotations, split), output, split, seed, num_proc, skip_bad))
+
+
+def run_grounding(kind, inputs, decimals, image_root, output, skip_bad, seed, num_proc):
+    from .grounding import Grounding
+    from .prepare import prepare
+
+    report(prepare(Grounding(inputs, image_root, decimals), output, "train", seed, num_proc, skip_bad))
+
+
+def run_pope(kind, inputs, image_root, output, skip_bad, seed, num_proc):
+    from .pope import POPE
+    from .prepare import prepare
+
+    report(prepare(POPE(inputs, image_root), output, "train", seed, num_proc, skip_bad))
 
 
 def report(made):

@@ -8,43 +8,53 @@ from pathlib import Path
 import numpy as np
 
 
-def json_rows(path: str | Path, at: str | None = None) -> Iterator[dict]:
+def json_rows(path: str | Path, at: str | None = None, key: str | None = None) -> Iterator[dict]:
     """
     Goes through a JSON list or object, one entry at a time.
 
     Args:
         path (`str` or `Path`): The file.
         at (`str`, *optional*): Which object is read: `""` is the top, another is a key of the top. By default the top
-            is a list.
+            is a list. `"name[]"` is a list under a key of the top.
+        key (`str`, *optional*): The field of a list's entries that is their key.
 
     Yields:
-        `dict`: `key` (`None` in a list) and `entry`, its JSON, which says what the file says, letters and numbers.
+        `dict`: `key` (in a list that of the field, if any) and `entry`, its JSON, which says what the file says,
+        letters and numbers.
 
     Raises:
         `ValueError`: if the file is broken, or holds no such list or object.
     """
     import ijson
 
+    is_list, at = at is None or at.endswith("[]"), (at or "").removesuffix("[]")
     reader = ijson.get_backend("python")  # the faster ones write "?" for half of a character
     with open(path, "rb") as file:
         start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
         try:
             file.seek(start)
-            opening = next((event for place, event, _ in reader.parse(file) if place == (at or "")), None)
-            if opening == ("start_array" if at is None else "start_map"):
+            opening = next((event for place, event, _ in reader.parse(file) if place == at), None)
+            if opening == ("start_array" if is_list else "start_map"):
                 file.seek(start)
                 entries = (
-                    reader.kvitems(file, at) if at is not None else ((None, e) for e in reader.items(file, "item"))
+                    ((_key(entry, key), entry) for entry in reader.items(file, f"{at}.item" if at else "item"))
+                    if is_list
+                    else reader.kvitems(file, at)
                 )
-                for key, entry in entries:
+                for name, entry in entries:
                     # numbers with a point come as decimals, which `float` reads like `json`
-                    yield {"key": key, "entry": json.dumps(entry, default=float).encode()}
+                    yield {"key": name, "entry": json.dumps(entry, default=float).encode()}
                 return
         except (ijson.JSONError, ValueError) as error:
             raise ValueError(
                 f"{path} is no JSON file that can be read: {error} (stopped at byte {file.tell():,})."
             ) from error
-    raise ValueError(f"{path} holds no {'list' if at is None else 'object'}{f' called {at!r}' if at else ''}.")
+    raise ValueError(f"{path} holds no {'list' if is_list else 'object'}{f' called {at!r}' if at else ''}.")
+
+
+def _key(entry, field: str | None) -> str | None:
+    value = entry.get(field) if field and isinstance(entry, dict) else None
+    return None if value is None else str(value)
 
 
 def line_rows(path: str | Path) -> Iterator[dict]:

@@ -1,11 +1,10 @@
 """Rows for `trl sft`: what they look like, how an image is checked, how they get into Parquet."""
 
-import io
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image
+from lavin import images_lavin
 
 
 ROW_GROUP = 2**24  # bytes of rows that are held before they are written
@@ -68,8 +67,7 @@ def check_image(data: bytes, name: str) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about palettes and metadata
-            with Image.open(io.BytesIO(data)) as image:
-                image.convert("RGB")
+            images_lavin.read_image(data)
     except Exception as error:  # Pillow's decoders raise all sorts
         raise BadRow("image unreadable", f"{name} ({str(error) or type(error).__name__})") from error
     return data

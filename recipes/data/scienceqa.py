@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lavin.files_lavin import read_text
+
 from .records import find, json_rows, keep
 from .rows import BadRow, check_image, image_part, message, read_image, text_part
 
@@ -101,17 +103,17 @@ def read_scienceqa(folder: str | Path, split: str) -> dict[str, dict]:
     for name in ("problems.json", "pid_splits.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no ScienceQA data set: it has no {name}.")
-    splits = json.loads((folder / "pid_splits.json").read_text(encoding="utf-8"))
+    splits = json.loads(read_text(folder / "pid_splits.json"))
     if split not in splits:
         raise ValueError(f"There is no split {split!r} in {folder}; it has {', '.join(splits)}.")
-    problems = json.loads((folder / "problems.json").read_text(encoding="utf-8"))
+    problems = json.loads(read_text(folder / "problems.json"))
     return {pid: problems[pid] for pid in splits[split]}
 
 
 def read_captions(folder: str | Path) -> dict[str, str]:
     """Reads `captions.json`; empty where there is none."""
     path = Path(folder) / "captions.json"
-    return json.loads(path.read_text(encoding="utf-8"))["captions"] if path.is_file() else {}
+    return json.loads(read_text(path))["captions"] if path.is_file() else {}
 
 
 def image_path(folder: str | Path, pid: str, problem: dict) -> Path | None:

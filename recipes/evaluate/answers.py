@@ -1,15 +1,15 @@
 """Asks a LaVIN: greedy answers in batches, longest question first, stopping at EOS."""
 
-import io
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import GenerationConfig
-from transformers.image_utils import load_image
 
+from lavin import images_lavin
 from lavin.recipes.load import eos_token_ids
 
 
@@ -30,9 +30,7 @@ def read_image(image) -> Image.Image:
     if name and not name.startswith((" http://", " https://")) and not os.path.isfile(image):
         raise ValueError(f"There is no image{name}.")
     try:
-        if isinstance(image, bytes):
-            return load_image(Image.open(io.BytesIO(image)))
-        return load_image(image if isinstance(image, Image.Image) else os.fspath(image))
+        return images_lavin.read_image(image)
     except Exception as error:  # Pillow and the client for URLs raise many kinds
         raise ValueError(f"The image{name} cannot be read: {error}. Repair it or leave it out.") from error
 
@@ -53,52 +51,82 @@ def render(processor, prompt: str | list[dict], images: int) -> str:
     return processor.apply_chat_template(prompt, add_generation_prompt=True)
 
 
-def batches(
-    processor, prompts: list[str | list[dict]], images: list[list], batch_size: int
-) -> Iterator[tuple[list[int], dict]]:
+def run_batches(
+    model, processor, prompts: list[str | list[dict]], images: list[list], batch_size: int, run: Callable
+) -> Iterator[tuple[list[int], list]]:
     """
-    Batches of rows of about one length, padded on the left. Longest first: what does not fit shows at once, and the
-    time left is no underestimate.
+    Runs batches of rows of about one length, padded on the left. Longest first: what does not fit shows at once, and
+    the time left is no underestimate. Where the memory does not hold a batch, it and those after it are halved.
+
+    Args:
+        run (`Callable`): Takes the rows' places among the prompts and their tensors, on the model's device; returns a
+            list of what it found, one for each row.
 
     Yields:
-        `tuple(list[int], BatchFeature)`: the rows' places among the prompts, and their tensors.
+        `tuple(list[int], list)`: the rows' places, and what was found.
+
+    Raises:
+        `ValueError`: if the memory does not hold a single row.
     """
     texts = [render(processor, prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
     ids = processor.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
     extra = processor.num_image_tokens - 1
     length = [len(row) + extra * len(pictures) for row, pictures in zip(ids, images, strict=True)]
     order = sorted(range(len(texts)), key=lambda i: (-length[i], i))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    while order:
+        rows = order[:batch_size]
         pictures = [[read_image(image) for image in images[i]] for i in rows]
         inputs = processor(
             text=[texts[i] for i in rows], images=pictures if any(pictures) else None, padding=True,
             padding_side="left", return_tensors="pt", add_special_tokens=False,
         )  # fmt: skip
-        yield rows, inputs
+        try:
+            found, full = run(rows, inputs.to(model.device)), None
+        except torch.OutOfMemoryError as error:
+            found, full = None, str(error).splitlines()[0]
+        if full is None:
+            order = order[len(rows) :]
+            yield rows, found
+            continue
+        del inputs  # and, this being outside of `except`, the tensors of the failed step
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(rows) == 1:
+            raise ValueError(
+                f"The memory of {model.device} does not hold a single question of {length[rows[0]]} tokens and its "
+                f"answer ({full}): choose a smaller --dtype, shorter answers, or a device with more memory."
+            )
+        batch_size = len(rows) // 2
+        tqdm.write(f"The memory does not hold {len(rows)} questions at once: going on with {batch_size}.", sys.stderr)
 
 
 def generate_batches(
-    model, processor, prompts: list, images: list[list], batch_size: int, max_new_tokens: int
+    model, processor, prompts: list, images: list[list], batch_size: int, max_new_tokens: int, **decoding
 ) -> Iterator[tuple[list[int], list[str]]]:
-    """Yields the rows of each batch and their greedy answers; arguments as of [`answer`]."""
+    """
+    Yields the rows of each batch and their greedy answers; arguments as of [`answer`]. `decoding` are further fields
+    of `GenerationConfig`, such as `num_beams`.
+    """
     ends = eos_token_ids(model, processor) or None
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends,
-        pad_token_id=processor.tokenizer.pad_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id, **decoding,
     )  # fmt: skip
     own = model.generation_config
-    for rows, inputs in batches(processor, prompts, images, batch_size):
+
+    def run(rows, inputs):
         # A base model's generation config may sample or punish repetition, which is not what the adapter was trained
         # for, and `generate` takes from it what it is not told.
         model.generation_config = settings
         try:
             with torch.inference_mode():
-                output = model.generate(**inputs.to(model.device))
+                output = model.generate(**inputs)
         finally:
             model.generation_config = own
         new = output[:, inputs["input_ids"].shape[1] :]
-        yield rows, processor.batch_decode(new, skip_special_tokens=True)
+        return processor.batch_decode(new, skip_special_tokens=True)
+
+    yield from run_batches(model, processor, prompts, images, batch_size, run)
 
 
 def answer(

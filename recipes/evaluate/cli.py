@@ -43,6 +43,45 @@ def add_eval_parser(commands):
     text.add_argument("--max-length", type=int, default=1024, metavar="N", help="tokens of a piece; default: 1024")
     text.set_defaults(run=run_text)
 
+    caption = kinds.add_parser("caption", help="captions: CIDEr, BLEU-4, ROUGE-L (METEOR where there is Java)")
+    _common(caption, "caption")
+    caption.add_argument(
+        "--annotations", required=True, metavar="FILE", help="captions_val2014.json or Karpathy's dataset_coco.json"
+    )
+    caption.add_argument("--split", default="test", metavar="NAME", help="of Karpathy's file; default: test")
+    caption.add_argument("--prompt", metavar="TEXT", help="as the model was trained")
+    _image_options(caption, 30)
+    _beams(caption)
+    caption.add_argument("--min-new-tokens", type=int, metavar="N", help="shortest caption; default: 8")
+    caption.set_defaults(run=run_caption)
+
+    vqa = kinds.add_parser("vqa", help="VQAv2, OK-VQA, TextVQA (official score), GQA, OCR-VQA (exact match)")
+    _common(vqa, "vqa")
+    vqa.add_argument("--questions", required=True, metavar="FILE", help="the questions as they are published")
+    vqa.add_argument("--annotations", metavar="FILE", help="the answers, of VQAv2 and OK-VQA")
+    vqa.add_argument("--split", default="test", metavar="NAME", help="of OCR-VQA: train, val, test (default)")
+    _image_options(vqa, "10, of OCR-VQA 100")
+    _beams(vqa)
+    vqa.set_defaults(run=run_vqa)
+
+    grounding = kinds.add_parser("grounding", help="RefCOCO, RefCOCO+, RefCOCOg: boxes at IoU >= 0.5")
+    _common(grounding, "grounding")
+    grounding.add_argument(
+        "--input", required=True, action="append", dest="inputs", metavar="FILE",
+        help="MDETR's .json or Qwen-VL's .jsonl; may be given several times",
+    )  # fmt: skip
+    _image_options(grounding, 64)
+    grounding.set_defaults(run=run_grounding)
+
+    pope = kinds.add_parser("pope", help="POPE: accuracy, precision, recall, F1, share of yes")
+    _common(pope, "pope")
+    pope.add_argument(
+        "--input", required=True, action="append", dest="inputs", metavar="FILE",
+        help="coco_pope_random.json, ...; may be given several times",
+    )  # fmt: skip
+    _image_options(pope, 64)
+    pope.set_defaults(run=run_pope)
+
 
 def _common(parser: argparse.ArgumentParser, folder: str, predictions: str | None = None):
     asked = parser.add_mutually_exclusive_group(required=True) if predictions else parser
@@ -59,6 +98,15 @@ def _common(parser: argparse.ArgumentParser, folder: str, predictions: str | Non
             "--predictions", metavar="FILE", help=f"only score these: JSON from question id to {predictions}"
         )
         parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+
+
+def _image_options(parser: argparse.ArgumentParser, longest):
+    parser.add_argument("--image-root", required=True, metavar="DIR", help="what the images' names are relative to")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"longest answer; default: {longest}")
+
+
+def _beams(parser: argparse.ArgumentParser):
+    parser.add_argument("--num-beams", type=int, metavar="N", help="beams; default: 5, and 1 is greedy")
 
 
 def _mode(parser: argparse.ArgumentParser):
@@ -123,6 +171,36 @@ def run_text(model, data, output, max_length, batch_size, device, dtype, as_json
 
     output = output or "outputs/eval/text"
     results, table = task.evaluate_text(model, data, output, batch_size, max_length, device, dtype)
+    _show(table, results, output, as_json)
+
+
+def run_caption(output, as_json, kind, **options):
+    from . import caption as task
+
+    _run(task.evaluate_caption, output or "outputs/eval/caption", as_json, options)
+
+
+def run_vqa(output, as_json, kind, **options):
+    from . import vqa as task
+
+    _run(task.evaluate_vqa, output or "outputs/eval/vqa", as_json, options)
+
+
+def run_grounding(output, as_json, kind, **options):
+    from . import grounding as task
+
+    _run(task.evaluate_grounding, output or "outputs/eval/grounding", as_json, options)
+
+
+def run_pope(output, as_json, kind, **options):
+    from . import pope as task
+
+    _run(task.evaluate_pope, output or "outputs/eval/pope", as_json, options)
+
+
+def _run(evaluate, output: str, as_json: bool, options: dict):
+    given = {name: value for name, value in options.items() if value is not None}
+    results, table = evaluate(output=output, **given)
     _show(table, results, output, as_json)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from lavin.recipes.data.scienceqa import ANSWER_START, LETTERS
 
-from .answers import batches
+from .answers import run_batches
 
 
 def letter_tokens(tokenizer, letters: str = LETTERS) -> tuple[list[int], list[int]]:
@@ -51,8 +51,9 @@ def letter_batches(
     """
     letters = LETTERS[: max([2, *choices])]  # one alone differs from nothing
     start, tokens = letter_tokens(processor.tokenizer, letters)
-    for rows, inputs in batches(processor, prompts, images, batch_size):
-        inputs = dict(inputs.to(model.device))
+
+    def run(rows, inputs):
+        inputs = dict(inputs)
         added = torch.tensor([start] * len(rows), device=model.device)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(added)], dim=1)
         inputs.update(
@@ -62,4 +63,6 @@ def letter_batches(
         )
         logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
         scores = logits.log_softmax(-1)[:, tokens].tolist()
-        yield rows, [row[: choices[i]] for i, row in zip(rows, scores, strict=True)]
+        return [row[: choices[i]] for i, row in zip(rows, scores, strict=True)]
+
+    yield from run_batches(model, processor, prompts, images, batch_size, run)

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from lavin.files_lavin import read_text
+
 from .run import ask_model, check_ids, markdown_table, read_answer_file, write_results
 
 
@@ -74,7 +76,7 @@ def load_questions(root: str | os.PathLike) -> list[dict]:
 
 
 def _read_pair(path: Path) -> list[tuple[str, str]]:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     pairs = [(line.rpartition("\t")[0].strip(), line.rpartition("\t")[2].strip().lower()) for line in lines]
     if len(pairs) != 2 or any(not question or expected not in ("yes", "no") for question, expected in pairs):
         raise ValueError(f"{path} must have two lines, each a question, a tab, and Yes or No.")

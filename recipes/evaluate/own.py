@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from lavin.files_lavin import read_text
 from lavin.recipes.data.scienceqa import LETTERS
 
 from .run import ask_model, markdown_table, percent, write_results
@@ -35,7 +36,7 @@ def read_config(path: str | os.PathLike) -> dict:
     """
     path = Path(path)
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(config, dict):

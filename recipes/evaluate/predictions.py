@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers.utils import cached_file
 
 from lavin import LavinConfig
 from lavin.card_lavin import ADAPTER_FILE, adapter_digest
+from lavin.files_lavin import find_file
 from lavin.folder_lavin import BASE_WEIGHTS
 
 from .answers import render
@@ -35,10 +35,10 @@ def model_identity(name: str | os.PathLike) -> dict:
         files = sorted(file for file in folder.glob("model*.safetensors*"))
         weights = {file.name: _sample_digest(file) for file in files} or None
     else:
-        found = cached_file(name, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False)
+        found = find_file(name, ADAPTER_FILE, {})
         config_file = Path(cached_file(name, "config.json"))
         folder = Path(found).parents[1] if found else config_file.parent
-        full = any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in BASE_WEIGHTS[1:])
+        full = find_file(name, BASE_WEIGHTS[1:], {}) is not None
         commit, weights = (None if found and not full else config_file.parent.name), None
     return {"adapter": adapter_digest(folder), "base": base, "weights": weights, "commit": commit}
 
@@ -92,7 +92,7 @@ def _image_bytes(image, name: str) -> bytes:
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
     try:
         Image.open(io.BytesIO(data)).close()
-    except OSError as error:  # before anything is asked: repaired, it would be another set of questions
+    except Exception as error:  # before anything is asked: repaired, it would be another set of questions
         where = "" if isinstance(image, bytes) else f", {image},"
         raise ValueError(f"The image of question {name}{where} cannot be read: repair it or leave it out.") from error
     return data
@@ -195,9 +195,10 @@ def collect_answers(
                         write(record)
                     file.flush()
                     bar.update(len(rows))
-            except torch.cuda.OutOfMemoryError as error:
+            except ValueError as error:
+                if not records:
+                    raise
                 raise ValueError(
-                    "The GPU's memory does not hold so many questions at once: lower --batch-size and start again; "
-                    f"the {len(records)} answers so far are kept."
+                    f"{error} The {len(records)} answers so far are kept: start again to go on."
                 ) from error
     return {str(question["id"]): records[str(question["id"])] for question in questions}, len(left)

@@ -6,6 +6,8 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+from lavin.files_lavin import read_text
+
 
 MODES = ("generate", "letters")
 ANSWERS, RESULTS, TABLE = "predictions.jsonl", "results.json", "results.md"
@@ -22,6 +24,7 @@ def ask_model(
     batch_size: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    decoding: dict | None = None,
 ) -> tuple[dict[str, dict], dict]:
     """
     Asks a model a task's questions; answers go to `predictions.jsonl` as they come, and a run that was killed goes on
@@ -38,6 +41,7 @@ def ask_model(
         mode (`str`, *optional*, defaults to `"generate"`): Or `"letters"`: scores the letters' logits.
         batch_size (`int`, *optional*): Questions at once; 16 by default.
         device, dtype (`str`, *optional*): As of [`~load.load_model`].
+        decoding (`dict`, *optional*): Further fields of `GenerationConfig`, such as `num_beams`; greedy by default.
 
     Returns:
         `tuple(dict, dict)`: the records by id (`answer`, and `scores` in the mode `letters`), and what `results.json`
@@ -60,7 +64,8 @@ def ask_model(
     device = default_device() if device is None else device
     dtype = default_dtype(device) if dtype is None else dtype
     processor = load_processor(name)
-    limit = {"max_new_tokens": max_new_tokens} if mode == "generate" else {}
+    decoding = decoding or {}
+    limit = {"max_new_tokens": max_new_tokens, **decoding} if mode == "generate" else {}
     settings = {**settings, "mode": mode, **limit, "dtype": dtype}
     header = {
         "task": task, "model": model_identity(name), "settings": settings,
@@ -74,7 +79,8 @@ def ask_model(
         started = time.time()
         prompts, images = [q["prompt"] for q in left], [q["images"] for q in left]
         if mode == "generate":
-            for rows, texts in generate_batches(model, processor, prompts, images, batch_size, max_new_tokens):
+            asked = generate_batches(model, processor, prompts, images, batch_size, max_new_tokens, **decoding)
+            for rows, texts in asked:
                 yield rows, [{"answer": text} for text in texts]
             return
         choices = [q["choices"] for q in left]
@@ -137,7 +143,7 @@ def read_answer_file(path: str | os.PathLike) -> tuple[dict, dict | None]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}: name the file of predictions.")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         answers = json.loads(text)
     except ValueError as error:

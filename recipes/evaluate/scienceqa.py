@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from lavin.files_lavin import read_text
 from lavin.recipes.data.scienceqa import (
     LETTERS,
     ScienceQA,
@@ -211,7 +212,7 @@ def read_problems(root: str | os.PathLike, split: str) -> dict[str, dict]:
 
 def _all_ids(root) -> list[str]:
     file = Path(root, "pid_splits.json")
-    splits = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    splits = json.loads(read_text(file)) if file.is_file() else {}
     return [pid for ids in splits.values() for pid in ids]
 
 

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lavin.files_lavin import read_text
 from lavin.folder_lavin import ADAPTER_NAME
 from lavin.recipes.load import default_device, default_dtype, load_model
 
@@ -39,7 +40,7 @@ def read_data(files: list[str | os.PathLike]) -> tuple[list[str], list[dict]]:
     for file in map(Path, files):
         if not file.is_file():
             raise FileNotFoundError(f"There is no file {file}.")
-        content = file.read_text(encoding="utf-8")
+        content = read_text(file)
         if file.suffix not in (".jsonl", ".json"):
             documents.append(content)
             continue

@@ -26,12 +26,12 @@ def _pyplot():
     return plt
 
 
-def plot_loss(losses: list[tuple[int, float]], path: str | Path):
+def plot_loss(losses: list[tuple[int, float]], path: str | Path, title: str = "MMA fine-tuning of the tiny LaVIN"):
     """Saves the training loss as a PNG, on a logarithmic scale."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axis.plot(*zip(*losses, strict=True), color="#2f6f4f", linewidth=1.2)
-    axis.set(yscale="log", xlabel="step", ylabel="loss", title="MMA fine-tuning of the tiny LaVIN")
+    axis.set(yscale="log", xlabel="step", ylabel="loss", title=title)
     axis.grid(alpha=0.3, which="both")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -1,0 +1,5 @@
+from .tasks import main
+
+
+if __name__ == "__main__":
+    main()
