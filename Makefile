@@ -6,13 +6,25 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test quality bench ablation clean
+.PHONY: quickstart tasks test compat conformance faults quality bench ablation clean
 
 quickstart: $(VENV)/.train  ## train and test a tiny LaVIN on this machine; ARGS="--image FILE" asks about your own image
 	$(VENV)/bin/lavin quickstart $(ARGS)
 
-test: $(VENV)/.dev  ## all tests; ARGS="-m 'not slow'" leaves the long ones out
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+tasks: $(VENV)/.train $(VENV)/.eval  ## captions and boxes: the pool-adapter beside the class-token taps
+	$(VENV)/bin/python -m lavin.recipes.tasks $(ARGS)
+
+test: $(VENV)/.dev  ## all tests, a file at a time in each of two processes; ARGS="-m 'not slow'" leaves the long ones out
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+compat: $(VENV)/.dev  ## the tests on the oldest and newest supported transformers, TRL and PEFT; ARGS=--all: slow ones too
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/compat.py $(ARGS)
+
+conformance: $(VENV)/.dev  ## transformers' and PEFT's own common suites on LaVIN, and on LLaVA and LoRA beside it
+	$(VENV)/bin/python tests/conformance $(ARGS)
+
+faults: $(VENV)/.dev  ## bad input, damaged files, kills, full disks, no network: outputs/faults/table.md says what happened
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q tests/test_faults_*.py tests/test_soak.py $(ARGS)
 
 quality: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -3,9 +3,11 @@
 import argparse
 import sys
 
+from lavin.recipes.compare.cli import add_compare_parser
 from lavin.recipes.data.cli import add_data_parser
 from lavin.recipes.doctor.cli import add_doctor_parser
 from lavin.recipes.evaluate.cli import add_eval_parser
+from lavin.recipes.segments.cli import add_segments_parser
 from lavin.recipes.serve.cli import add_serve_parser
 from lavin.recipes.train.cli import add_train_parser
 
@@ -27,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(argv)
     arguments = vars(options)
     command, run = arguments.pop("command"), arguments.pop("run")
-    if command == "train":  # what `lavin train` does not know is for TRL
+    if command in ("train", "train-segments"):  # what they do not know is for TRL
         arguments["overrides"] = unknown
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -48,11 +50,18 @@ def build_parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="write a LaVIN folder from a vision tower and a language model")
     init.add_argument("--vision", required=True, metavar="NAME", help="CLIP or SigLIP: Hub name or folder")
     init.add_argument("--text", required=True, metavar="NAME", help="decoder-only language model: Hub name or folder")
-    init.add_argument("--projector-hidden-size", type=int, metavar="N", help="128 by default")
+    init.add_argument(
+        "--projector-type",
+        choices=("taps", "pool", "taps_pool"),
+        help="what image tokens are made of: class tokens (taps, the default), cells of patches (pool), or both",
+    )
+    init.add_argument("--projector-hidden-size", type=int, metavar="N", help="of the taps; 128 by default")
     _folder_options(init)
     init.set_defaults(run=run_init)
 
-    convert = commands.add_parser("convert", help="read an adapter checkpoint of the reference implementation")
+    convert = commands.add_parser(
+        "convert", help="read an adapter of the reference implementation, or InfMLLM's pool-adapter"
+    )
     convert.add_argument("checkpoint", metavar="CHECKPOINT.pth")
     convert.add_argument(
         "--text-model", required=True, metavar="DIR", help="LLaMA in transformers' format, or Hub name"
@@ -70,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_parser(commands)
     add_train_parser(commands)
+    add_segments_parser(commands)
     add_eval_parser(commands)
 
     card = commands.add_parser("card", help="write LaVIN's card over a trainer's")
@@ -98,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--revision", metavar="REV")
     export.set_defaults(run=run_export)
 
+    add_compare_parser(commands)
     add_serve_parser(commands)
     add_doctor_parser(commands)
 
@@ -112,6 +123,12 @@ def _folder_options(parser: argparse.ArgumentParser):
     parser.add_argument("--text-revision", metavar="REV")
     parser.add_argument(
         "--vision-feature-layers", type=int, nargs="+", metavar="N", help="blocks to read; every fourth by default"
+    )
+    parser.add_argument(
+        "--pool-size", type=int, metavar="P", help="P x P cells of patches are image tokens (pool); 16 by default"
+    )
+    parser.add_argument(
+        "--image-size", type=int, metavar="N", help="pixels on each side of an image; the vision tower's by default"
     )
     parser.add_argument(
         "--preprocessing", choices=("lavin", "clip"), default="lavin", help="images squashed (lavin) or cropped (clip)"
