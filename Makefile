@@ -24,7 +24,7 @@ conformance: $(VENV)/.dev  ## transformers' and PEFT's own common suites on LaVI
 	$(VENV)/bin/python tests/conformance $(ARGS)
 
 faults: $(VENV)/.dev  ## bad input, damaged files, kills, full disks, no network: outputs/faults/table.md says what happened
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q tests/test_faults_*.py tests/test_soak.py $(ARGS)
+	HF_HUB_OFFLINE=1 LAVIN_FAULTS=1 $(VENV)/bin/python -m pytest -q tests/test_faults_*.py tests/test_soak.py $(ARGS)
 
 quality: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -69,7 +69,7 @@ def staged(folder):
     A folder to write to. At the end its files move into `folder`, each of them whole: who is killed while writing, or
     finds the disk full, leaves what was there before; two who write at once leave each file as one of them wrote it.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as place:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="_saving-") as place:
         yield Path(place)
         for file in sorted(path for path in Path(place).rglob("*") if path.is_file()):
             target = Path(folder, file.relative_to(place))

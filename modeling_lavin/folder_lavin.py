@@ -8,7 +8,6 @@ root, the Hub's Auto classes would take the whole repository for an adapter of s
 
 import contextlib
 import copy
-import json
 import os
 import re
 import tempfile
@@ -26,8 +25,7 @@ from transformers.utils import logging
 
 from .card_lavin import write_card
 from .configuration_lavin import CHECKPOINTS, OWN_FIELDS, LavinConfig, vision_part
-from .files_lavin import DAMAGED, read_adapter, read_json, staged, write_adapter
-from .files_lavin import find_file as _find
+from .files_lavin import DAMAGED, find_file, read_adapter, read_json, staged, write_adapter
 from .peft_lavin import with_adapter
 from .towers_lavin import has_tokenizer, named_base, read_towers, shards_of, tower_config
 from .trainable_lavin import (
@@ -107,9 +105,7 @@ class LavinFolderMixin:
                 config of PEFT's, or comes with another way to train.
         """
         name = pretrained_model_name_or_path
-        _check_trainable(trainable, mma, kwargs)
-        if peft is not None and (mma is not None or trainable is not None):
-            raise ValueError("`peft`, `mma` and `trainable` are three ways to train a model: pass one of them.")
+        _check_ways(mma, trainable, peft, kwargs)
         if name is None:
             return super().from_pretrained(None, *model_args, **kwargs)
         if kwargs.pop("subfolder", None):
@@ -121,7 +117,7 @@ class LavinFolderMixin:
             del kwargs["dtype"]
         config = kwargs.pop("config", None)
         if getattr(config, "model_type", None) != LavinConfig.model_type:  # another import's LavinConfig will do
-            _find(name, "config.json", hub)  # says which file is missing where the Hub is out of reach
+            find_file(name, "config.json", hub)  # says which file is missing where the Hub is out of reach
             found = LavinConfig.get_config_dict(name, **hub)[0].get("model_type")
             if found != LavinConfig.model_type:
                 raise ValueError(
@@ -134,7 +130,7 @@ class LavinFolderMixin:
         for kind in CHECKPOINTS:  # the Auto classes set such arguments on the config as they are
             source = kwargs.pop(kind, getattr(config, kind))
             setattr(config, kind, {"name": source, "revision": None} if isinstance(source, str) else source)
-        has_adapter = _find(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
+        has_adapter = find_file(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
         if peft is not None and has_adapter:
             raise ValueError(f"{name} holds an MMA adapter ({ADAPTER_NAME}/): name its base to train another on it.")
         if trainable is not None:
@@ -144,7 +140,7 @@ class LavinFolderMixin:
                 raise ValueError(QUANTISED)
             config.trained_patterns = list(trainable)  # for `_get_dtype_plan`
         with_info = kwargs.pop("output_loading_info", False)
-        weights = _find(name, BASE_WEIGHTS, hub)
+        weights = find_file(name, BASE_WEIGHTS, hub)
         full = weights is not None
         if full:
             if weights.endswith(".json"):
@@ -165,7 +161,7 @@ class LavinFolderMixin:
                 )
         if not with_info:  # who asks for the loading info looks at it
             _check_complete(info, name)
-        if not full and model.can_generate() and _find(name, "generation_config.json", hub):
+        if not full and model.can_generate() and find_file(name, "generation_config.json", hub):
             model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._is_full_folder = full
         model.source = (str(name), hub)
@@ -205,13 +201,13 @@ class LavinFolderMixin:
             vision (`str`): Folder or Hub name of a CLIP or SigLIP tower, or of a whole CLIP or SigLIP checkpoint.
             text (`str`): Folder or Hub name of a decoder-only language model.
             vision_revision, text_revision (`str`, *optional*): Branch, tag or commit of each.
-            kwargs: Fields of [`LavinConfig`], and arguments of [`PreTrainedModel.from_pretrained`], `mma` and
-                `trainable` included.
+            kwargs: Fields of [`LavinConfig`], and arguments of [`PreTrainedModel.from_pretrained`], `mma`,
+                `trainable` and `peft` included.
         """
         overrides = {key: kwargs.pop(key) for key in OWN_FIELDS if key in kwargs}
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        mma, trainable = kwargs.pop("mma", None), kwargs.pop("trainable", None)
-        _check_trainable(trainable, mma, kwargs)
+        mma, trainable, peft = (kwargs.pop(key, None) for key in ("mma", "trainable", "peft"))
+        _check_ways(mma, trainable, peft, kwargs)
         config, generation_config = config_of_pair(vision, text, vision_revision, text_revision, hub=hub, **overrides)
         if trainable is not None:
             config.trained_patterns = list(trainable)
@@ -225,6 +221,8 @@ class LavinFolderMixin:
         model._is_full_folder = False
         model.config._name_or_path = model.name_or_path = ""  # no folder yet
         _freeze(model)
+        if peft is not None:
+            return with_adapter(model, peft)
         if mma is None:
             return model
         return LavinPeftModel(model, _trainable_config(mma, None, text), adapter_name=ADAPTER_NAME)
@@ -347,7 +345,7 @@ class LavinFolderMixin:
                 f"*/{ADAPTER_WEIGHTS}",
                 ".eval_results/*.yaml",
             ],
-            ignore_patterns=["checkpoint-*/*", ".saving-*"],
+            ignore_patterns=["checkpoint-*/*", "_saving-*"],
             **upload,
         )
 
@@ -364,6 +362,8 @@ class LavinFolderMixin:
             self.hf_quantizer = None  # transformers would ask it again, for the names with wrappers
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        except SafetensorError as error:  # of a full disk, for example
+            raise OSError(f"The base weights cannot be written to {save_directory}: {error}") from error
         finally:
             self._hf_peft_config_loaded = loaded
             if quantizer is not None:
@@ -420,10 +420,10 @@ class LavinFolderMixin:
         source, hub = getattr(self, "source", ("", {}))
         first = PROCESSOR_FILES[0]
         try:
-            if not source or not _find(source, first, hub):
+            if not source or not find_file(source, first, hub):
                 return
             for name in PROCESSOR_FILES:
-                if file := _find(source, name, hub):
+                if file := find_file(source, name, hub):
                     Path(save_directory, name).write_bytes(Path(file).read_bytes())
         except OSError as error:
             logger.warning(f"The processor of {source} cannot be reached and is not in {save_directory}: {error}")
@@ -444,7 +444,7 @@ class LavinFolderMixin:
         if peft_config is None:
             folder = hub.pop("subfolder", None)
             if folder is None:
-                folder = ADAPTER_NAME if _find(peft_model_id, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) else ""
+                folder = ADAPTER_NAME if find_file(peft_model_id, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) else ""
             peft_config = _stored_config(peft_model_id, folder, hub)
             if not _is_mma(peft_config):
                 return super().load_adapter(
@@ -594,7 +594,8 @@ def check_output_folder(folder):
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"The output folder {folder} cannot be written: check {parent} and its permissions.")
     config = path / "config.json"
-    if config.is_file() and json.loads(config.read_text() or "{}").get("model_type") != LavinConfig.model_type:
+    stored = read_json(config) if config.is_file() and config.stat().st_size else None
+    if stored is not None and stored.get("model_type") != LavinConfig.model_type:
         raise ValueError(f"The output folder {folder} holds another model (see {config}): name an empty folder.")
 
 
@@ -671,11 +672,13 @@ def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: s
     set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
 
 
-def _check_trainable(trainable, mma, kwargs: dict):
+def _check_ways(mma, trainable, peft, kwargs: dict):
     """
     Raises:
-        `ValueError`: if `trainable` comes with `mma`, or for weights that will be quantised.
+        `ValueError`: if there are two ways to train, or `trainable` is for weights that will be quantised.
     """
+    if peft is not None and (mma is not None or trainable is not None):
+        raise ValueError("`peft`, `mma` and `trainable` are three ways to train a model: pass one of them.")
     if trainable is None:
         return
     check_patterns(trainable)
@@ -714,7 +717,7 @@ def _trainable_config(mma: dict, stored: MMAConfig | None, name) -> MMAConfig:
 
 def _stored_config(name, folder: str, hub):
     """The config of an adapter of any of PEFT's types."""
-    file = _find(name, f"{folder}/{ADAPTER_CONFIG}".lstrip("/"), hub)
+    file = find_file(name, f"{folder}/{ADAPTER_CONFIG}".lstrip("/"), hub)
     if file is None:
         raise ValueError(f"No adapter in {name}: neither {ADAPTER_NAME}/{ADAPTER_CONFIG} nor {ADAPTER_CONFIG}.")
     kind = read_json(file).get("peft_type")
@@ -741,7 +744,7 @@ def _explained(name):
 
 
 def _adapter_weights(name, folder: str, hub) -> dict[str, torch.Tensor]:
-    file = _find(name, f"{folder}/{ADAPTER_WEIGHTS}".lstrip("/"), hub)
+    file = find_file(name, f"{folder}/{ADAPTER_WEIGHTS}".lstrip("/"), hub)
     if file is None:
         raise OSError(f"{name} has no {folder}/{ADAPTER_WEIGHTS}. (Pickled adapters are not read.)")
     return read_adapter(file)

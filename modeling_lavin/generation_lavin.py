@@ -35,7 +35,7 @@ def context_length(config) -> int | None:
     if length is None or kind == "dynamic":  # scaled as far as the prompt goes
         return None
     if kind in ("linear", "yarn"):  # some checkpoints state the length before scaling
-        return max(length, int(rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0)))
+        return max(length, int(rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or length)))
     return length
 
 

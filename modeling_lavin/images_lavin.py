@@ -75,10 +75,12 @@ def _source(name: str) -> bytes | str:
 def _download(url: str) -> bytes:
     end, data = time.monotonic() + DOWNLOAD, bytearray()
     try:
-        with httpx.stream("GET", url, timeout=SILENCE, follow_redirects=True) as response:
+        # As it is sent: compressed once more, some kB could become any number of GB before they are counted.
+        plain = {"Accept-Encoding": "identity"}
+        with httpx.stream("GET", url, headers=plain, timeout=SILENCE, follow_redirects=True) as response:
             if response.is_error:
                 raise OSError(f"the server answered {response.status_code} {response.reason_phrase}".rstrip())
-            for part in response.iter_bytes():
+            for part in response.iter_raw():
                 data += part
                 if len(data) > DOWNLOAD_BYTES:
                     raise OSError(f"it is larger than {DOWNLOAD_BYTES // 1_000_000} MB")

@@ -99,8 +99,8 @@ class MMAConfig(PeftConfig):
             said = ", ".join(f"{key}={value!r}" for key, value in sorted(newer.items()))
             raise ValueError(
                 f"This adapter has settings that this version of LaVIN does not know ({said}): a newer one saved "
-                "it. Upgrade `lavin`, or load the folder with its own code (`trust_remote_code=True` where `lavin` "
-                "is not installed)."
+                "it. Upgrade `lavin` and `peft`, or load the folder with its own code (`trust_remote_code=True` where "
+                "`lavin` is not installed)."
             )
         return kwargs
 

@@ -65,8 +65,11 @@ def load_model(
     check_agreement(model.config, processor, name)
     try:
         return model.to(device).eval(), processor
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"The memory of {device} does not hold {name}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_full(error):
+            raise
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        raise ValueError(f"The memory of {device} does not hold {name}: {reason}") from error
 
 
 def check_agreement(config: LavinConfig, processor: LavinProcessor, name: str | os.PathLike):
@@ -80,6 +83,13 @@ def check_agreement(config: LavinConfig, processor: LavinProcessor, name: str | 
             f"{config.num_image_tokens}. Load the processor in Python, set `processor.num_image_tokens = "
             f"{config.num_image_tokens}`, and save it with a model of that setting (`save_pretrained`)."
         )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it is the memory that did not suffice, a device's or the machine's: each allocator has its own error."""
+    said = str(error).lower()
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return full or "out of memory" in said or "can't allocate memory" in said
 
 
 def default_device() -> str:

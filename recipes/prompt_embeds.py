@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -80,7 +80,8 @@ def prompt_embeds(side: ImageSide, question: str, images: list[Image.Image]) -> 
     """
     if not images:
         raise ValueError("The image side is folded for prompts with an image; send text to the text side.")
-    pixel_values = side.image_processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+    images = [ImageOps.exif_transpose(image).convert("RGB") for image in images]  # as LaVIN reads them
+    pixel_values = side.image_processor(images, return_tensors="pt").pixel_values
     with torch.no_grad():
         features = side.image_tokens(pixel_values)
     content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]

@@ -86,10 +86,12 @@ def run(which: str, folder: Path, arguments: list[str]) -> tuple[dict, list[str]
     python, report = make_environment(which, folder), folder / f"{which}.xml"
     report.unlink(missing_ok=True)
     print(f"\n{which}: {', '.join(' '.join(pair) for pair in versions(python).items())}", flush=True)
-    subprocess.run([python, "-m", "pytest", "--junitxml", report, *arguments], cwd=ROOT)
+    done = subprocess.run([python, "-m", "pytest", "--junitxml", report, *arguments], cwd=ROOT)
     numbers, failed = count(report) if report.is_file() else (dict.fromkeys(COLUMNS, 0), ["no test ran"])
     if not failed and not numbers["passed"]:
         failed = ["no test ran"]
+    elif not failed and done.returncode:
+        failed = [f"pytest ended with exit code {done.returncode}"]
     return {"": which, **versions(python), **numbers}, failed
 
 

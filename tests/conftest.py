@@ -220,8 +220,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs TRL 1.15, so Python 3.11"))
 
 
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workerinput"):  # of pytest-xdist: each has a part of the rows only
-        return
+def pytest_sessionfinish():
     if table := write_table():
         print(f"\n{len(ROWS)} cases of bad input and faults behaved as they should: {table}")

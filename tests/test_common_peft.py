@@ -247,8 +247,9 @@ def test_set_requires_grad(base):
 
 def test_passing_input_embeds_works(base):
     model, inputs = adapted(base), batch(base.config, (0, 0))
-    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
-    assert torch.equal(logits(model, inputs_embeds=embeds, **inputs), logits(model, inputs_embeds=embeds, **inputs))
+    input_ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(input_ids)
+    assert torch.equal(logits(model, inputs_embeds=embeds, **inputs), logits(model, input_ids=input_ids, **inputs))
     assert logits(model, inputs_embeds=embeds).shape[:2] == embeds.shape[:2]
 
 

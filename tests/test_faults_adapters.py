@@ -1,6 +1,5 @@
 """Damaged, foreign and hostile adapters and checkpoints, by the calls that a user loads them with."""
 
-import argparse
 import json
 import os
 import pickle
@@ -184,7 +183,7 @@ BASES = {
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_damaged_base_weights(full, tmp_path, capsys, name):
+def test_damaged_base_weights(full, tmp_path, name):
     copy = Path(shutil.copytree(full, tmp_path / "copy"))
     damage, reason = BASES[name]
     damage(copy, sorted(copy.glob("model-*"))[1])
@@ -225,7 +224,6 @@ def test_pickles_run_nothing(folder, copied, pair, tmp_path, capsys):  # noqa: F
         assert f"error: {pth} cannot be read: it " in (said := capsys.readouterr().err), said
     happened(AREA, "`lavin convert` of a pickle with code", said.removeprefix("lavin convert: error:"))
     assert not target.exists() and not (tmp_path / "out").exists()
-    assert argparse.Namespace  # the one class that is read
     pickle.loads(pickle.dumps(Bomb(target)))
     assert target.exists(), "the pickle would have written"
 

@@ -240,7 +240,7 @@ def test_a_url_that_answers(processor):
 
 @pytest.mark.slow
 def test_a_url_that_never_answers_ends_the_command(folder):  # noqa: F811
-    """With the limits as they are; the process's end is the proof, and `lavin` (120 s) bounds it."""
+    """With the limits as they are; the process's end is the proof, and the time limit of `lavin` bounds it."""
     with Server() as server:
         done = lavin("ask", folder, "What?", "--image", server.url)
     assert done.returncode == 2 and "the server did not answer for 10 seconds. Repair it" in done.stderr

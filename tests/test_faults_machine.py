@@ -78,12 +78,12 @@ SAVES = """
     seen, killed_within = set(), 0
     for number in range(1, 21):
         child = forked(lambda: for_ever(1000.0 * number))
-        while not list(folder.glob(".saving-*")):  # it has begun
+        while not list(folder.glob("_saving-*")):  # it has begun
             time.sleep(0.0005)
         time.sleep(number % 2 * random.uniform(0, 0.2))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        left = list(folder.glob(".saving-*"))
+        left = list(folder.glob("_saving-*"))
         killed_within += len(left)
         for place in left:
             shutil.rmtree(place)
@@ -150,7 +150,6 @@ PUSH = """
 PARTS = """
     import os, sys
     from lavin.recipes.cli import main
-    from lavin.recipes.evaluate.predictions import model_identity
     from pathlib import Path
     cache = Path(os.environ["HF_HOME"], "hub")
     for repository, file in eval(sys.argv[1]):

@@ -141,6 +141,8 @@ def test_ten_thousand_tokens_into_2048(context_2048, capsys):
     assert context_length(rope) is None
     rope.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
     assert context_length(rope) == 8192
+    rope.rope_parameters = {"rope_type": "linear", "factor": 4.0}  # as Vicuna 16k says it
+    assert context_length(rope) == 8192
 
 
 ENTRY = '{"instruction": "a", "output": "b"}'

@@ -502,13 +502,21 @@ def test_no_process_outlives_the_launcher(tmp_path, number):
     code = "import sys; from launch import run_watched; sys.exit(run_watched(sys.argv[1:]))"
     child = [sys.executable, str(tmp_path / "child.py"), str(tmp_path / "pids"), "first"]
     command = [sys.executable, "-c", code, *child]
-    launcher = subprocess.Popen(command, cwd=Path(launch.__file__).parent, start_new_session=True)
+    launcher = subprocess.Popen(
+        command, cwd=Path(launch.__file__).parent, start_new_session=True, preexec_fn=heed_signals
+    )
     wait_for(lambda: (tmp_path / "pids").exists() and len((tmp_path / "pids").read_text().split()) == 2)
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert all(psutil.pid_exists(pid) for pid in pids)
     os.kill(launcher.pid, number)
     assert launcher.wait(60) == (-9 if number == signal.SIGKILL else 128 + number)
     wait_for(lambda: not any(alive(pid) for pid in pids), 60)
+
+
+def heed_signals():
+    """As in a terminal: what is started under `nohup`, or in a script's background, ignores these."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def alive(pid: int) -> bool:

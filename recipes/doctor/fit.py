@@ -8,10 +8,10 @@ from PIL import Image
 
 from lavin import LavinConfig, LavinProcessor
 from lavin.configuration_lavin import vision_part
-from lavin.folder_lavin import _find
-from lavin.recipes.doctor.folder import AGAIN, Folder, has_file, local_file, processor_again, read_json
+from lavin.files_lavin import find_file
+from lavin.recipes.doctor.folder import AGAIN, Folder, has_file, local_file, processor_again
 from lavin.recipes.doctor.report import FAIL, OK, SKIP, Line, said
-from lavin.towers_lavin import WEIGHT_FILES, tower_config
+from lavin.towers_lavin import WEIGHT_FILES, shards_of, tower_config
 
 
 SHAPES = {
@@ -96,8 +96,7 @@ def missing_weights(name: str, revision: str | None) -> tuple[str, str]:
         return f"weights ({', '.join(WEIGHT_FILES)})", ""
     shards = [file]
     if file.endswith(".json"):
-        index = read_json(_find(name, file, {"revision": revision or "main"}), file)
-        shards = sorted(set(index["weight_map"].values()))
+        shards = shards_of(find_file(name, file, {"revision": revision or "main"}))
     if missing := [shard for shard in shards if not has_file(name, revision, shard)]:
         return ", ".join(missing), ""
     cached = all(local_file(name, revision, shard) for shard in shards)

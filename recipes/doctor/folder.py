@@ -9,7 +9,9 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
 import lavin
 from lavin import LavinConfig
-from lavin.folder_lavin import ADAPTER_NAME, BASE_WEIGHTS, _find
+from lavin.files_lavin import find_file
+from lavin.folder_lavin import ADAPTER_NAME, BASE_WEIGHTS
+from lavin.towers_lavin import shards_of
 
 
 MAKE = "`lavin init --vision NAME --text NAME --output DIR` makes a LaVIN folder."
@@ -38,7 +40,7 @@ class Folder:
 
     def find(self, file: str) -> str | None:
         """A file's local path; one of the Hub is downloaded."""
-        return _find(self.name, file, {})
+        return find_file(self.name, file, {})
 
     def read(self, file: str) -> dict:
         """A JSON file; empty where there is none."""
@@ -56,9 +58,9 @@ class Folder:
         held = next((file for file in BASE_WEIGHTS if has_file(self.name, None, file)), None)
         if held is None or not held.endswith(".json"):
             return {held: None} if held else {}
-        files = {}
+        files = {file: set() for file in shards_of(self.find(held))}
         for tensor, file in self.read(held)["weight_map"].items():
-            files.setdefault(file, set()).add(tensor)
+            files[file].add(tensor)
         return files
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from lavin import images_lavin
-from lavin.recipes.load import eos_token_ids
+from lavin.recipes.load import eos_token_ids, is_full
 
 
 BATCH_SIZE = 16
@@ -82,8 +82,10 @@ def run_batches(
         )  # fmt: skip
         try:
             found, full = run(rows, inputs.to(model.device)), None
-        except torch.OutOfMemoryError as error:
-            found, full = None, str(error).splitlines()[0]
+        except (RuntimeError, MemoryError) as error:
+            if not is_full(error):
+                raise
+            found, full = None, (str(error).splitlines() or ["out of memory"])[0]
         if full is None:
             order = order[len(rows) :]
             yield rows, found

@@ -7,6 +7,8 @@ from collections import deque
 
 import torch
 
+from lavin.recipes.load import is_full
+
 from .batch import Ended, Failed, Row, RowBatch
 
 
@@ -195,8 +197,10 @@ class Batcher:
         self.starting = [row for row in self.starting if row not in rows]
         batch, left = None, [row for row in rows if not row.ended]
         if failed is not None and full and (self.batch is not None or len(left) > 1):
-            running = self.batch.rows if self.batch is not None else left[: len(left) // 2]
-            self._again(left, len(running) * max(row.final_length for row in running))
+            running = self.batch.rows if self.batch is not None else []
+            # What runs fits, and with these rows it does not: half of that, but never less than what runs.
+            held, tried = (len(r) * max((row.final_length for row in r), default=0) for r in (running, running + left))
+            self._again(left, max(held, tried // 2))
         elif failed is not None:
             self._fail(left, failed)
 
@@ -262,8 +266,3 @@ class Batcher:
     def _release(self):
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def is_full(error: Exception) -> bool:
-    """Whether it is the memory that did not suffice."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower()
