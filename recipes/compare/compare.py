@@ -4,10 +4,9 @@ import json
 import time
 from pathlib import Path
 
-import yaml
-
 from lavin.recipes.evaluate.run import markdown_table
 from lavin.recipes.quickstart.ablation import spread
+from lavin.recipes.train.settings import read_yaml
 
 from .figures import plot
 from .runs import Run, run_all
@@ -29,7 +28,7 @@ def read_recipe(path: str | Path) -> dict:
     Raises:
         `OSError`, `ValueError`: if it cannot be read, names other rows or another model than this package makes.
     """
-    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    recipe = read_yaml(path)
     try:
         model, train = recipe["model_name_or_path"], recipe["datasets"][0]["data_files"]["train"]
         steps, _rate = int(recipe["max_steps"]), float(recipe["learning_rate"])

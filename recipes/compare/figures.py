@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from lavin.recipes.quickstart.figures import _pyplot
+from lavin.recipes.quickstart.figures import pyplot
 
 
 COLOURS = {"IMG": "#b3541e", "TXT": "#8a8a8a", "NO": "#c9b458", "AVG": "#2f6f4f"}
@@ -17,7 +17,7 @@ def plot(results: dict[str, list[dict]], path: Path):
         results (`dict`): The results of each recipe, a list over its seeds.
         path (`Path`): The PNG to write.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(3, 2))
     width = 0.8 / len(COLOURS)
     for i, (column, colour) in enumerate(COLOURS.items()):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 
 RESULT = "result.json"
+LOG = "log.txt"
 
 
 @dataclass
@@ -43,8 +44,22 @@ class Run:
         same = result is not None and (result.get("recipes"), result["split"]) == (self.recipes, self.split)
         return result if same else None
 
+    def check_place(self):
+        """
+        Raises:
+            `ValueError`: if the folder holds another run that is finished, or what no run of this kind has written.
+        """
+        if (self.folder / RESULT).is_file():
+            what = "a finished run with other settings or of another question set"
+        elif self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / LOG).is_file():
+            what = "something else"
+        else:
+            return
+        raise ValueError(f"{self.folder} holds {what}. Name another folder with `--output`, or remove this one.")
+
     def start(self) -> subprocess.Popen:
         """Starts it in a process group of its own, which ends when the pipe to it closes: with this process."""
+        self.check_place()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         for number, recipe in enumerate(self.recipes, 1):
@@ -52,7 +67,7 @@ class Run:
             (self.folder / f"{number}.yaml").write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", "lavin.recipes.compare.one", str(self.folder), str(self.data), self.split]
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        with open(self.folder / "log.txt", "wb") as log:
+        with open(self.folder / LOG, "wb") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,
@@ -60,7 +75,7 @@ class Run:
 
     def steps_done(self) -> int:
         """Optimiser steps that the progress bars in its log show."""
-        text, done = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace"), 0
+        text, done = (self.folder / LOG).read_text(encoding="utf-8", errors="replace"), 0
         for steps in {recipe["max_steps"] for recipe in self.recipes}:
             shown = [int(found) for found in re.findall(rf"(?<!\d)(\d+)/{steps} \[", text)]
             # A bar that begins anew is the next segment's.
@@ -77,8 +92,11 @@ def run_all(runs: list[Run]) -> list[dict]:
 
     Raises:
         `OSError`: if a run fails; what was finished is kept.
+        `ValueError`: if a run's folder holds something else; none has been started then.
     """
     waiting = [run for run in runs if run.finished() is None]
+    for run in waiting:
+        run.check_place()
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
     done = 0
     with tqdm(total=sum(run.steps for run in waiting), unit="step", disable=not waiting) as bar:
@@ -92,7 +110,7 @@ def run_all(runs: list[Run]) -> list[dict]:
             finally:
                 process.stdin.close()
             if process.returncode:
-                log = run.folder / "log.txt"
+                log = run.folder / LOG
                 end = "\n".join(re.split(r"[\r\n]+", log.read_text(errors="replace").strip())[-15:])
                 raise OSError(
                     f"The run {run.folder.name} failed:\n{end}\n\nIts whole log: {log}. Finished runs are kept: the "

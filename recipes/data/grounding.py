@@ -25,7 +25,8 @@ class Grounding:
         decimals (`int`, *optional*, defaults to 3): Of a coordinate, see [`box_text`].
 
     Raises:
-        `OSError`, `ValueError`: if a file or the folder is not there, or a file is a pickle or something else.
+        `OSError`, `ValueError`: if a file or the folder is not there, or a file is a pickle or something else, or two
+            have the same name.
     """
 
     def __init__(self, inputs: list[str | Path], image_root: str | Path, decimals: int = 3):
@@ -33,6 +34,9 @@ class Grounding:
         if not 1 <= decimals <= 6:
             raise ValueError(f"--decimals must be 1 to 6, got {decimals}.")
         self.files, self.root, self.decimals = [Path(path) for path in inputs], Path(image_root), decimals
+        stems = [path.stem for path in self.files]
+        if twice := [stem for stem in stems if stems.count(stem) > 1]:
+            raise ValueError(f"Two files are called {twice[0]}, by which their phrases are told apart: rename one.")
 
     def index(self, scratch: Path):
         """Reads the files once (MDETR's twice, for phrases and boxes)."""
@@ -44,6 +48,8 @@ class Grounding:
             images = keep(json_rows, scratch, path=path, at="images[]", key="id")
             notes = keep(json_rows, scratch, path=path, at="annotations[]", key="image_id")
             self.tables.append((images, Joined(images, notes)))
+        if empty := [path for path, (table, _) in zip(self.files, self.tables, strict=True) if not len(table)]:
+            raise ValueError(f"{empty[0]} holds no phrases.")
         self.first = [0, *accumulate(len(table) for table, _ in self.tables)]
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ class POPE:
         image_root (`str` or `Path`): The images' folder (COCO's val2014).
 
     Raises:
-        `FileNotFoundError`: if a file or the folder is not there.
+        `OSError`, `ValueError`: if a file or the folder is not there, or two files are of one category.
     """
 
     def __init__(self, inputs: list[str | Path], image_root: str | Path):
@@ -35,6 +35,8 @@ class POPE:
     def index(self, scratch: Path):
         """Reads the files once."""
         self.tables = [keep(line_rows, scratch, path=path) for path in self.files]
+        if empty := [path for path, table in zip(self.files, self.tables, strict=True) if not len(table)]:
+            raise ValueError(f"{empty[0]} holds no questions.")
         self.first = [0, *accumulate(map(len, self.tables))]
 
     def __len__(self) -> int:

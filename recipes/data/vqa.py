@@ -104,9 +104,11 @@ class VQA:
         for one, question, given in several:
             if not isinstance(question, str) or not question.strip():
                 raise BadRow("empty question")
-            if not given or not all(isinstance(answer, str) and answer.strip() for answer in given):
+            # Of ten people one may have said nothing: the scorer counts them, and nobody learns it.
+            said = [answer for answer in given if isinstance(answer, str) and answer.strip()]
+            if not said or not all(isinstance(answer, str) for answer in given):
                 raise BadRow("empty answer")
-            answer = learnt or Counter(given).most_common(1)[0][0]
+            answer = learnt or Counter(said).most_common(1)[0][0]
             made.append(
                 {"id": one, "prompt": PROMPT.format(question.strip()), "image": path, "expected": given,
                  "answer": answer.strip(), "group": group}

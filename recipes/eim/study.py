@@ -56,7 +56,7 @@ def study_run(name: str, seed: int, output: Path, max_steps: int | None = None) 
     """
     folder = output / f"{name}-{seed}"
     text = (HERE / f"{name}.yaml").read_text(encoding="utf-8")
-    text = text.replace(f"{OUTPUT}/{name}-0", folder.as_posix()).replace(OUTPUT, output.as_posix())
+    text = text.replace(f"{OUTPUT}-{name}", folder.as_posix()).replace(OUTPUT, output.as_posix())
     recipe = yaml.safe_load(text.replace("data-0/", f"data-{seed}/").replace("seed: 0", f"seed: {seed}"))
     # `lavin train-segments` trains MMA or weights of the base: an adapter of PEFT's own takes MMA's place here.
     adapters = [segment.pop("peft", None) for segment in recipe["segments"]]
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> dict:
     plan += [(name, 0) for name in OTHERS if name in wanted]
     try:
         done = run_all([study_run(name, seed, output, options.max_steps) for name, seed in plan])
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     results: dict[str, list[dict]] = {}
     for (name, _), result in sorted(zip(plan, done, strict=True), key=lambda pair: names.index(pair[0][0])):

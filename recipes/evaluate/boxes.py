@@ -99,7 +99,8 @@ def draw_boxes(items: list[dict], path: str | os.PathLike, most: int = SHOWN) ->
                            top + box[3] * size[1]]  # fmt: skip
                 canvas.rectangle(corners, outline=colour, width=2)
         said = "no box" if item["box"] is None else f"IoU {iou(item['truth'], item['box']):.2f}"
-        phrase = item["phrase"].encode("latin-1", "replace").decode("latin-1")  # what the font has
+        phrase = " ".join(item["phrase"].split())  # one line
+        phrase = phrase.encode("latin-1", "replace").decode("latin-1")  # what the font has
         while canvas.textlength(phrase, font) > TILE:
             phrase = phrase[:-4] + "..."
         canvas.text((left, top + TILE + 4), phrase, "black", font)

@@ -8,7 +8,7 @@ from collections import Counter
 from lavin.recipes.data.captions import PROMPT, Captions
 
 from .ptb import ptb_words
-from .run import ask_model, markdown_table, write_results
+from .run import ask_model, check_positive, markdown_table, write_results
 
 
 def score_captions(answers: dict[str, str], references: dict[str, list[str]]) -> dict[str, float]:
@@ -42,7 +42,12 @@ def score_captions(answers: dict[str, str], references: dict[str, list[str]]) ->
         from pycocoevalcap.meteor.meteor import Meteor
 
         with contextlib.suppress(OSError, ValueError):  # a Java that does not run
-            scores["METEOR"] = Meteor().compute_score(wanted, given)[0]
+            meteor = Meteor()
+            try:
+                scores["METEOR"] = meteor.compute_score(wanted, given)[0]
+            finally:
+                if meteor.lock.locked():  # it failed, and when it is deleted it would wait for this for ever
+                    meteor.lock.release()
     return {name: round(100 * float(value), 2) for name, value in scores.items()}
 
 
@@ -76,12 +81,15 @@ def evaluate_caption(
     Returns:
         `tuple(dict, str)`: what `results.json` holds, and the table.
     """
+    check_positive(num_beams=num_beams)
     source = Captions(annotations, image_root, split, prompt)
     asked = source.questions()
     decoding = {"num_beams": num_beams} if num_beams > 1 else {}
     decoding |= {"min_new_tokens": min_new_tokens} if min_new_tokens else {}
+    if max_new_tokens is None:
+        max_new_tokens = 30
     records, run = ask_model(
-        model, asked, output, "caption", {}, max_new_tokens=max_new_tokens or 30, decoding=decoding, **options
+        model, asked, output, "caption", {}, max_new_tokens=max_new_tokens, decoding=decoding, **options
     )
     answers = {question["id"]: records[question["id"]]["answer"] for question in asked}
     scores = score_captions(answers, {question["id"]: question["expected"] for question in asked})

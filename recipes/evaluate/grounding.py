@@ -18,7 +18,7 @@ def evaluate_grounding(
     inputs: list[str | os.PathLike],
     image_root: str | os.PathLike,
     output: str | os.PathLike,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int = 64,
     **options,
 ) -> tuple[dict, str]:
     """
@@ -35,7 +35,7 @@ def evaluate_grounding(
         `tuple(dict, str)`: what `results.json` holds, and the table.
     """
     asked = Grounding(inputs, image_root).questions()
-    records, run = ask_model(model, asked, output, "grounding", {}, max_new_tokens=max_new_tokens or 64, **options)
+    records, run = ask_model(model, asked, output, "grounding", {}, max_new_tokens=max_new_tokens, **options)
     items = [
         {"image": question["images"][0], "phrase": question["phrase"], "truth": question["expected"],
          "box": parse_box(records[question["id"]]["answer"]), "group": question["group"]}

@@ -41,7 +41,7 @@ def evaluate_pope(
     inputs: list[str | os.PathLike],
     image_root: str | os.PathLike,
     output: str | os.PathLike,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int = 64,
     **options,
 ) -> tuple[dict, str]:
     """
@@ -60,7 +60,7 @@ def evaluate_pope(
     """
     source = POPE(inputs, image_root)
     asked = source.questions()
-    records, run = ask_model(model, asked, output, "pope", {}, max_new_tokens=max_new_tokens or 64, **options)
+    records, run = ask_model(model, asked, output, "pope", {}, max_new_tokens=max_new_tokens, **options)
     answers = {question["id"]: records[question["id"]]["answer"] for question in asked}
     rows = {}
     for name in source.names:

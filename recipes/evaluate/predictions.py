@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,8 +65,10 @@ def questions_digest(processor, questions: list[dict]) -> str:
     """
     if not questions:
         raise ValueError("There are no questions to ask: this split is empty.")
-    if len({question["id"] for question in questions}) < len(questions):
-        raise ValueError("Two questions have the same id: each needs its own.")
+    ids = [question["id"] for question in questions]
+    if len(set(ids)) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise ValueError(f"Two questions have the same id, {twice!r}: each needs its own.")
     missing = [
         (question["id"], image)
         for question in questions

@@ -5,7 +5,7 @@ import re
 
 from lavin.recipes.data.vqa import VQA
 
-from .run import ask_model, markdown_table, percent, write_results
+from .run import ask_model, check_positive, markdown_table, write_results
 
 
 # ---- what the official scorer (vqaEval.py of visualqa.org) does to an answer, its faults included
@@ -99,6 +99,7 @@ def evaluate_vqa(
     Returns:
         `tuple(dict, str)`: what `results.json` holds, and the table.
     """
+    check_positive(num_beams=num_beams)
     source = VQA(questions, image_root, annotations, split)
     asked = source.questions()
     decoding = {"num_beams": num_beams, "length_penalty": 0.0} if num_beams > 1 else {}
@@ -129,6 +130,6 @@ def evaluate_vqa(
     return write_results(output, results, table), table
 
 
-def mean(scores: list[float]) -> float | None:
+def mean(scores: list[float]) -> float:
     """In percent, rounded as the official scorer prints it."""
-    return round(100 * sum(scores) / len(scores), 2) if scores else percent([])
+    return round(100 * sum(scores) / len(scores), 2)

@@ -32,7 +32,7 @@ from lavin.recipes.data.scienceqa import scienceqa_rows
 
 from .data import write_dataset
 from .evaluate import evaluate, load_questions
-from .figures import _pyplot
+from .figures import pyplot
 from .quickstart import RECIPE, make_model, run_sft
 
 
@@ -272,7 +272,7 @@ def table(results: list[dict]) -> str:
 
 def plot(results: list[dict], path: Path):
     """Saves the chart: three columns beside the paper's average; closer, each seed's way through rows with images."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, colour in (("AVG", "#2f6f4f"), ("IMG", "#b3541e"), ("TXT", "#8a8a8a")):
         points = list(by_row(results, name).values())

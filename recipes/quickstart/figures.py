@@ -17,7 +17,7 @@ def read_losses(folder: str | Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
 
 
-def _pyplot():
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
@@ -28,7 +28,7 @@ def _pyplot():
 
 def plot_loss(losses: list[tuple[int, float]], path: str | Path, title: str = "MMA fine-tuning of the tiny LaVIN"):
     """Saves the training loss as a PNG, on a logarithmic scale."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axis.plot(*zip(*losses, strict=True), color="#2f6f4f", linewidth=1.2)
     axis.set(yscale="log", xlabel="step", ylabel="loss", title=title)
@@ -46,7 +46,7 @@ def plot_routing(table: torch.Tensor, path: str | Path):
         table (`torch.Tensor` of shape `(layers, 2, 2)`): Expert weights by layer and modality (text, image).
         path (`str` or `Path`): The file to write.
     """
-    plt = _pyplot()
+    plt = pyplot()
     first = table[:, :, 0].detach().float().T.numpy()
     figure, axis = plt.subplots(figsize=(1.6 + 0.9 * first.shape[1], 2.4), layout="constrained")
     picture = axis.imshow(first, cmap="BrBG", vmin=0, vmax=1, aspect="auto")

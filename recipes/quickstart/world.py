@@ -77,7 +77,7 @@ class Drawing:
         return f"It shows {self.count} {self.size} {self.colour} {self.kind}{plural} on {self.background}."
 
 
-def _outline(kind: str, x: float, y: float, radius: float, angle: float) -> list[tuple[float, float]]:
+def outline(kind: str, x: float, y: float, radius: float, angle: float) -> list[tuple[float, float]]:
     """Corners of a polygon; star and cross alternate between an outer and an inner radius."""
     if kind == "square":
         polar = [(1.1, 45 + 90 * k) for k in range(4)]
@@ -129,7 +129,7 @@ def draw(drawing: Drawing, rng: random.Random, size: int = IMAGE_SIZE) -> Image.
         elif drawing.kind == "ring":
             canvas.ellipse(box, outline=colour, width=round(radius * 0.36 * unit))
         else:
-            corners = _outline(drawing.kind, x, y, radius, rng.uniform(-14, 14))
+            corners = outline(drawing.kind, x, y, radius, rng.uniform(-14, 14))
             canvas.polygon([(a * unit, b * unit) for a, b in corners], fill=colour)
     return image.resize((size, size), Image.Resampling.BOX)
 

@@ -87,9 +87,10 @@ def measure(config: LavinConfig, patterns: list[str], rows: int = 2, tokens: int
 
 
 def measure_recipe(recipe: str, width: float = 1 / 8, depth: float = 1 / 4, device: str | None = None) -> list[dict]:
-    """[`measure`] of each segment of a recipe, in a process of its own, on InfMLLM's proportions."""
+    """[`measure`] of each segment with `trainable`, in a process of their own, on InfMLLM's proportions."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    patterns = {one.name: one.values["model_init_kwargs"]["trainable"] for one in read_recipe(recipe)[1]}
+    asked = {one.name: one.values["model_init_kwargs"].get("trainable") for one in read_recipe(recipe)[1]}
+    patterns = {name: parts for name, parts in asked.items() if parts is not None}
     given = {"width": width, "depth": depth, "device": device, "patterns": patterns}
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # large blocks go back as soon as they are freed
     command = [sys.executable, "-m", "lavin.recipes.segments.memory", "--given", json.dumps(given)]
@@ -114,6 +115,8 @@ def main():
             gc.collect()
         print(json.dumps(found))
         return
+    if options.recipe is None:
+        parser.error("name a RECIPE.yaml")
     print("| segment | trained | weights | gradients | AdamW | peak, with activations |\n|---|---|---|---|---|---|")
     for one in measure_recipe(options.recipe, options.width, options.depth):
         size = " | ".join(f"{one[key] / 1e6:,.0f} MB" for key in ("weights", "gradients", "optimiser", "peak"))

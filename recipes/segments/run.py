@@ -74,8 +74,8 @@ def train_segments(recipe: str | os.PathLike, overrides: list[str] | tuple[str, 
             record = _record(segment, settings[i], costs[i], seconds, speed)
             finished[segment.title] = record
             if settings[0].machine_rank == 0:
-                _write_records(output, finished)
                 write_section(segment.folder, finished, segments[: i + 1])
+                _write_records(output, finished)  # last: from here on the segment is not done again
     print(f"\nAll {len(segments)} segments are finished. The result is {segments[-1].folder}.", flush=True)
     return 0
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from lavin.recipes.quickstart.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, KINDS, SIZES, _outline
+from lavin.recipes.quickstart.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, KINDS, SIZES, outline
 
 
 CELLS = [(16, 16), (48, 16), (16, 48), (48, 48)]  # as in the quickstart: one thing in a quarter of the image
@@ -86,7 +86,7 @@ def _draw_thing(canvas, thing: Thing, cell: tuple[int, int], rng: random.Random)
     colour = _shade(COLOURS[thing.colour], rng)
     corners = [(x - radius, y - radius), (x + radius, y + radius)]
     if thing.kind not in ("circle", "ring"):
-        corners = _outline(thing.kind, x, y, radius, rng.uniform(-14, 14))
+        corners = outline(thing.kind, x, y, radius, rng.uniform(-14, 14))
     points = [(a * MORE, b * MORE) for a, b in corners]
     if thing.kind == "circle":
         canvas.ellipse(points, fill=colour)

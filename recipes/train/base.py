@@ -3,7 +3,8 @@
 import torch
 
 from lavin import LavinConfig
-from lavin.folder_lavin import ADAPTER_CONFIG, ADAPTER_NAME, _find
+from lavin.files_lavin import find_file
+from lavin.folder_lavin import ADAPTER_CONFIG, ADAPTER_NAME
 from lavin.recipes.init import meta_model
 from lavin.recipes.train.settings import Settings
 from lavin.trainable_lavin import BOTH, EXISTING_ADAPTER, QUANTISED, check_patterns, trained_names
@@ -45,7 +46,7 @@ def trained_of_base(config: LavinConfig, settings: Settings, hub: dict) -> list[
         `ValueError`: if a pattern matches nothing, or the model's folder holds an adapter or quantised weights.
     """
     name = settings["model_name_or_path"]
-    if _find(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None:
+    if find_file(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None:
         raise ValueError(EXISTING_ADAPTER.format(name=name, adapter=ADAPTER_NAME))
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(QUANTISED)

@@ -9,12 +9,11 @@ from peft import PeftConfig
 
 from lavin import LavinConfig, LavinProcessor, MMAConfig
 from lavin.configuration_lavin import OWN_FIELDS
-from lavin.files_lavin import read_text
+from lavin.files_lavin import find_file, read_text
 from lavin.folder_lavin import (
     ADAPTER_CONFIG,
     ADAPTER_NAME,
     BASE_WEIGHTS,
-    _find,
     _trainable_config,
     check_output_folder,
     local_checkpoints,
@@ -44,6 +43,11 @@ def check_options(settings: Settings) -> list[str]:
     if not settings["trust_remote_code"]:
         raise ValueError("`trust_remote_code: true` is missing: `trl sft` loads LaVIN's code from the model's folder.")
     kwargs = settings["model_init_kwargs"] or {}
+    if kwargs.get("peft") is not None:
+        raise ValueError(
+            "`peft` trains an adapter of PEFT's own, which `lavin train` can neither check nor resume: run `trl sft "
+            "--config` on this recipe."
+        )
     if kwargs.get("mma") is None and not kwargs.get("trainable"):
         raise ValueError(
             "`model_init_kwargs: {mma: {}}` is missing: without it all is frozen and nothing is trained. (In its "
@@ -96,7 +100,7 @@ def check_model(settings: Settings) -> tuple[LavinConfig, LavinProcessor, int]:
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") != 1):
         raise ValueError(f"There is no model folder {name} (paths start at {Path.cwd()}). {make}")
     try:
-        found = _find(name, "config.json", hub)
+        found = find_file(name, "config.json", hub)
     except OSError as error:
         cause = str(error).splitlines()[0]
         raise OSError(f"{name} is neither a folder (paths start at {Path.cwd()}) nor on the Hub: {cause}") from error
@@ -106,14 +110,14 @@ def check_model(settings: Settings) -> tuple[LavinConfig, LavinProcessor, int]:
     if stored.get("model_type") != LavinConfig.model_type:
         raise ValueError(f"{name} is a {stored.get('model_type')}, no LaVIN. {make}")
     again = "Save model and processor again with `save_pretrained`, or write a new folder with `lavin init`."
-    processor = _find(name, "processor_config.json", hub)
+    processor = find_file(name, "processor_config.json", hub)
     if processor is None:
         raise ValueError(f"{name} has no processor (processor_config.json). {again}")
     if "auto_map" not in stored or '"auto_map"' not in read_text(processor):
         raise ValueError(f"{name} does not say where its code is (`auto_map`), and `trl sft` cannot load it. {again}")
     asked = settings["model_init_kwargs"] or {}
     config = LavinConfig.from_pretrained(name, **{key: asked[key] for key in OWN_FIELDS if key in asked}, **hub)
-    if not any(_find(name, file, hub) for file in BASE_WEIGHTS):
+    if not any(find_file(name, file, hub) for file in BASE_WEIGHTS):
         sources = {"base": config.base_checkpoint}
         if config.base_checkpoint is None:
             sources = {"vision": config.vision_checkpoint, "text": config.text_checkpoint}
@@ -151,7 +155,7 @@ def asked_adapter(settings: Settings, hub: dict) -> MMAConfig | None:
     name, mma = settings["model_name_or_path"], (settings["model_init_kwargs"] or {}).get("mma")
     if mma is None:
         return None
-    has_adapter = _find(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
+    has_adapter = find_file(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
     stored = MMAConfig.from_pretrained(name, subfolder=ADAPTER_NAME, **hub) if has_adapter else None
     return _trainable_config(mma, stored, name)
 
