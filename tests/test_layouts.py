@@ -40,7 +40,8 @@ def light(tmp_path_factory):
     code = folder / "modeling_lavin.py"
     text, place = code.read_text(), "        self.taps.states = []"
     assert text.count(place) == 1
-    code.write_text(text.replace(place, place + NOTE_TOWER).replace("import math\n", "import math\nimport os\n", 1))
+    text = text.replace(place, place + NOTE_TOWER)
+    code.write_text(text.replace("\nimport torch\n", "\nimport os\nimport torch\n", 1))
     return folder
 
 
