@@ -2,11 +2,13 @@
 
 import base64
 import binascii
+import http.client
 import io
 import os
 import time
+import urllib.error
+import urllib.request as web
 
-import httpx
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -75,19 +77,27 @@ def _source(name: str) -> bytes | str:
 def _download(url: str) -> bytes:
     end, data = time.monotonic() + DOWNLOAD, bytearray()
     try:
-        # As it is sent: compressed once more, some kB could become any number of GB before they are counted.
-        plain = {"Accept-Encoding": "identity"}
-        with httpx.stream("GET", url, headers=plain, timeout=SILENCE, follow_redirects=True) as response:
-            if response.is_error:
-                raise OSError(f"the server answered {response.status_code} {response.reason_phrase}".rstrip())
-            for part in response.iter_raw():
+        with _web_only().open(url, timeout=SILENCE) as response:
+            while part := response.read1(1 << 20):
                 data += part
                 if len(data) > DOWNLOAD_BYTES:
                     raise OSError(f"it is larger than {DOWNLOAD_BYTES // 1_000_000} MB")
                 if time.monotonic() > end:
                     raise OSError(f"it did not arrive within {DOWNLOAD} seconds")
-    except httpx.TimeoutException as error:
-        raise OSError(f"the server did not answer for {SILENCE} seconds") from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise OSError(f"it cannot be fetched ({str(error) or type(error).__name__})") from error
+    except urllib.error.HTTPError as error:
+        raise OSError(f"the server answered {error.code} {error.reason}".rstrip()) from error
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            raise OSError(f"the server did not answer for {SILENCE} seconds") from error
+        raise OSError(f"it cannot be fetched ({str(reason) or type(error).__name__})") from error
     return bytes(data)
+
+
+def _web_only() -> web.OpenerDirector:
+    """Python's own client for the web and nothing else: a redirect to a file or to FTP is refused."""
+    opener = web.OpenerDirector()
+    handlers = (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler, web.HTTPRedirectHandler)
+    for handler in (*handlers, web.HTTPDefaultErrorHandler, web.HTTPErrorProcessor, web.UnknownHandler):
+        opener.add_handler(handler())
+    return opener

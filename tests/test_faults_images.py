@@ -210,6 +210,11 @@ URLS = {
     "URL of a web page": (
         [b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"], 0, "it is no image that Pillow can decode",
     ),
+    "URL that leads to a file": (
+        [b"HTTP/1.1 302 Found\r\nLocation: file:///etc/hostname\r\nContent-Length: 0\r\n\r\n"],
+        0,
+        "the server answered 302 Found .* not allowed",
+    ),
     "URL of no server": (None, 0, "it cannot be fetched"),
 }  # fmt: skip
 
