@@ -1,14 +1,18 @@
 """The wheel and the sdist: what is in them, what becomes importable, and that the command runs."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 ROOT = Path(__file__).parent.parent
@@ -90,3 +94,23 @@ def test_install_in_a_fresh_environment(built, kind, tmp_path):
         "pkg_resources",
         "__pycache__",
     }
+
+
+def test_what_travels_imports_only_what_the_dependencies_bring():
+    """Torch, transformers, PEFT and what pip installs for them: no package that happens to be in this environment."""
+    brought, waiting = set(), ["torch", "transformers", "peft", "pillow"]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in brought:
+            continue
+        brought.add(name)
+        needed = map(Requirement, requires(name) or [])
+        waiting += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    providers = packages_distributions()
+    for file in (ROOT / "modeling_lavin").glob("*_lavin.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names:
+                found = {canonicalize_name(name) for name in providers.get(top, [top])}
+                assert found & brought, f"{file.name} imports {top}, which no dependency brings"
