@@ -32,6 +32,7 @@ from .trainable_lavin import (
     BOTH,
     EXISTING_ADAPTER,
     QUANTISED,
+    check_finite,
     check_patterns,
     check_trained_finite,
     set_trainable,
@@ -396,16 +397,7 @@ class LavinFolderMixin:
             state_dict = {key.removeprefix(BASE_KEY): value for key, value in state_dict.items()}
         tensors = get_peft_model_state_dict(self, state_dict=state_dict, adapter_name=adapter_name)
         tensors = {BASE_KEY + key.removeprefix(BASE_KEY): value.contiguous().cpu() for key, value in tensors.items()}
-        bad = next((key for key, value in tensors.items() if not value.isfinite().all()), None)
-        last_finite = getattr(getattr(self, self.base_model_prefix, self), "last_finite", None)
-        if bad is None and last_finite is not None and not last_finite:
-            bad = "the output of the last training step"
-        if bad is not None:
-            raise FloatingPointError(
-                f"The adapter is not saved: {bad.removeprefix(BASE_KEY)} holds NaN or infinity. Training has diverged."
-                " What was saved before is left as it is: look at the losses in its trainer_state.json, go on from "
-                "there with a lower learning rate, `max_grad_norm` or a longer warm-up."
-            )
+        check_finite(self, {key.removeprefix(BASE_KEY): value for key, value in tensors.items()}, "adapter")
         return tensors
 
     def _save_adapter(self, folder: Path, adapter_name: str, tensors: dict[str, torch.Tensor]):

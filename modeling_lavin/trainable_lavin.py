@@ -132,16 +132,23 @@ def check_trained_finite(model, state_dict: dict[str, torch.Tensor]):
         `FloatingPointError`: if a weight of the base that was trained holds NaN or infinity, or the output of the last
             training forward did. (Why not a `ValueError`: see `LavinFolderMixin._adapter_tensors`.)
     """
-    trained = getattr(model, "trained_base", None)
-    if not trained:
-        return
-    bad = next((name for name in trained if name in state_dict and not state_dict[name].isfinite().all()), None)
+    if trained := getattr(model, "trained_base", None):
+        check_finite(model, {name: state_dict[name] for name in trained if name in state_dict}, "model")
+
+
+def check_finite(model, tensors: dict[str, torch.Tensor], what: str):
+    """
+    Raises:
+        `FloatingPointError`: if one of the tensors, which are about to be saved, or the output of the model's last
+            training forward holds NaN or infinity.
+    """
+    bad = next((name for name, value in tensors.items() if not value.isfinite().all()), None)
     last_finite = getattr(getattr(model, model.base_model_prefix, model), "last_finite", None)
     if bad is None and last_finite is not None and not last_finite:
         bad = "the output of the last training step"
     if bad is not None:
         raise FloatingPointError(
-            f"The model is not saved: {bad} holds NaN or infinity. Training has diverged. What was saved before is "
+            f"The {what} is not saved: {bad} holds NaN or infinity. Training has diverged. What was saved before is "
             "left as it is: look at the losses in its trainer_state.json, go on from there with a lower learning "
             "rate, `max_grad_norm` or a longer warm-up."
         )
