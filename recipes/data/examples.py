@@ -3,6 +3,7 @@
 import json
 import re
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,38 @@ class Joined:
         """The notes on an entry, in the file's order."""
         chosen = self.order[self.first[index] : self.first[index + 1]].tolist()
         return [load(self.notes[note]["entry"]) for note in chosen]
+
+
+class Several:
+    """
+    Entries of several files, counted from the first file's first to the last one's last.
+
+    Args:
+        files (`list[Path]`): The files.
+        sizes (`list[int]`): Entries of each.
+        what (`str`): What an entry is, for the message.
+
+    Raises:
+        `ValueError`: if a file is empty.
+    """
+
+    def __init__(self, files: list[Path], sizes: list[int], what: str):
+        if empty := [path for path, size in zip(files, sizes, strict=True) if not size]:
+            raise ValueError(f"{empty[0]} holds no {what}.")
+        self.files, self.first = files, [0, *accumulate(sizes)]
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Number of an entry's file, and of the entry in it, both from 0."""
+        file = next(n for n, end in enumerate(self.first[1:]) if index < end)
+        return file, index - self.first[file]
+
+    def place(self, index: int) -> str:
+        """File and number of an entry, from 0, for people."""
+        file, number = self.locate(index)
+        return f"{self.files[file].name}[{number}]"
 
 
 def images_by_number(folder: Path) -> dict[int, Path]:

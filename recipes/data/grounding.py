@@ -1,11 +1,10 @@
 """Phrases and their boxes (RefCOCO, RefCOCO+, RefCOCOg), as rows of TRL."""
 
-from itertools import accumulate
 from pathlib import Path
 
 from lavin.recipes.evaluate.boxes import box_text
 
-from .examples import Joined, all_questions, check_paths, load, make_rows, need
+from .examples import Joined, Several, all_questions, check_paths, load, make_rows, need
 from .records import json_rows, keep, line_rows
 from .rows import BadRow
 
@@ -48,30 +47,23 @@ class Grounding:
             images = keep(json_rows, scratch, path=path, at="images[]", key="id")
             notes = keep(json_rows, scratch, path=path, at="annotations[]", key="image_id")
             self.tables.append((images, Joined(images, notes)))
-        if empty := [path for path, (table, _) in zip(self.files, self.tables, strict=True) if not len(table)]:
-            raise ValueError(f"{empty[0]} holds no phrases.")
-        self.first = [0, *accumulate(len(table) for table, _ in self.tables)]
+        self.several = Several(self.files, [len(table) for table, _ in self.tables], "phrases")
 
     def __len__(self) -> int:
-        return self.first[-1]
-
-    def _file(self, index: int) -> tuple[int, int]:
-        file = next(n for n, end in enumerate(self.first[1:]) if index < end)
-        return file, index - self.first[file]
+        return len(self.several)
 
     def place(self, index: int) -> str:
         """File and number of a phrase, from 0."""
-        file, number = self._file(index)
-        return f"{self.files[file].name}[{number}]"
+        return self.several.place(index)
 
     def name(self, index: int) -> str:
         """The file's name and MDETR's id, or the phrase's number."""
-        file, number = self._file(index)
+        file, number = self.several.locate(index)
         key = self.tables[file][0][number]["key"]
         return f"{self.files[file].stem}-{number if key is None else key}"
 
     def _read(self, index: int) -> dict:
-        file, number = self._file(index)
+        file, number = self.several.locate(index)
         table, boxes = self.tables[file]
         entry = load(table[number]["entry"])
         if boxes is None:

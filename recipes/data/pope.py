@@ -1,9 +1,8 @@
 """POPE (arXiv 2305.10355): is there such a thing in the image?"""
 
-from itertools import accumulate
 from pathlib import Path
 
-from .examples import all_questions, check_paths, load, make_rows, need
+from .examples import Several, all_questions, check_paths, load, make_rows, need
 from .instructions import format_instruction
 from .records import keep, line_rows
 from .rows import BadRow
@@ -35,29 +34,22 @@ class POPE:
     def index(self, scratch: Path):
         """Reads the files once."""
         self.tables = [keep(line_rows, scratch, path=path) for path in self.files]
-        if empty := [path for path, table in zip(self.files, self.tables, strict=True) if not len(table)]:
-            raise ValueError(f"{empty[0]} holds no questions.")
-        self.first = [0, *accumulate(map(len, self.tables))]
+        self.several = Several(self.files, [len(table) for table in self.tables], "questions")
 
     def __len__(self) -> int:
-        return self.first[-1]
-
-    def _file(self, index: int) -> tuple[int, int]:
-        file = next(n for n, end in enumerate(self.first[1:]) if index < end)
-        return file, index - self.first[file]
+        return len(self.several)
 
     def place(self, index: int) -> str:
         """File and number of a question, from 0."""
-        file, number = self._file(index)
-        return f"{self.files[file].name}[{number}]"
+        return self.several.place(index)
 
     def name(self, index: int) -> str:
         """The category and the number of the question in its file, from 1, as in its `question_id`."""
-        file, number = self._file(index)
+        file, number = self.several.locate(index)
         return f"{self.names[file]}-{number + 1}"
 
     def _read(self, index: int) -> dict:
-        file, number = self._file(index)
+        file, number = self.several.locate(index)
         entry = load(self.tables[file][number]["entry"])
         label = need(entry, "label")
         if label not in ("yes", "no"):
