@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lavin.recipes.quickstart.pretrain import round_weights
-from lavin.recipes.quickstart.pretrain_text import score_text, teach
+from lavin.recipes.quickstart.pretrain_text import score_text, teach_all
 
 
 NOISE = 0.8  # how unlike clean words the image slots become, as for the Llama
@@ -84,19 +84,7 @@ def make_gpt2(
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(gpt2_config(len(tokenizer)))
     structured_start(model)
-    teach(
-        model, tokenizer, lesson_steps, 2e-3, candidates=1, seed=seed + 2, until=0.93,
-        lesson=lambda step: 1.0, noise=lambda step: 0.0,
-    )  # fmt: skip
-    teach(
-        model, tokenizer, steps, 2e-3, candidates=1, seed=seed,
-        lesson=lambda step: max(0.15, 0.7 - step / 400),
-        noise=lambda step: NOISE * min(1.0, max(0.0, step / steps - 0.2) / 0.4),
-    )  # fmt: skip
-    teach(
-        model, tokenizer, more_steps, 1e-3, candidates=4, seed=seed + 1,
-        lesson=lambda step: 0.0, noise=lambda step: NOISE,
-    )  # fmt: skip
+    teach_all(model, tokenizer, steps, more_steps, lesson_steps, NOISE, seed)
     scores = score_text(round_weights(model), tokenizer, NOISE)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -295,6 +295,12 @@ def train_text(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(text_config(len(tokenizer)))
     structured_start(model)
+    teach_all(model, tokenizer, steps, more_steps, lesson_steps, noise, seed)
+    return model, score_text(model, tokenizer, noise)
+
+
+def teach_all(model, tokenizer, steps: int, more_steps: int, lesson_steps: int, noise: float, seed: int):
+    """The easy lesson, then noisier and noisier image slots, then the harder of several questions: [`train_text`]."""
     teach(
         model, tokenizer, lesson_steps, 2e-3, candidates=1, seed=seed + 2, until=0.93,
         lesson=lambda step: 1.0, noise=lambda step: 0.0,
@@ -308,7 +314,6 @@ def train_text(
         model, tokenizer, more_steps, 1e-3, candidates=4, seed=seed + 1,
         lesson=lambda step: 0.0, noise=lambda step: noise,
     )  # fmt: skip
-    return model, score_text(model, tokenizer, noise)
 
 
 def letters_right(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
