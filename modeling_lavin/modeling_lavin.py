@@ -19,6 +19,7 @@ from .configuration_lavin import LavinConfig, check_image_size, patches_per_side
 from .folder_lavin import LavinFolderMixin
 from .folding_lavin import fold_both, fold_modality, rows_of
 from .generation_lavin import LavinGenerationMixin, flat_features
+from .loss_lavin import frozen_head, frozen_head_loss, next_labels
 from .projector_lavin import LavinMultiModalProjector, draw_projector
 from .tuner_lavin import FOLDED, KeptRouting, MMARouting, find_blocks
 
@@ -365,15 +366,12 @@ class LavinModel(LavinPreTrainedModel):
 
         Raises:
             `ValueError`: if image tokens and image features do not match; if an image comes after a cached prefix
-                without one; if every weight is frozen in training.
+                without one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if not any(parameter.requires_grad for parameter in self.parameters()):
-                raise ValueError(FROZEN)
         if getattr(self, "_is_replica", False):
             raise ValueError(NO_DATA_PARALLEL)
         self._refresh_kept()
@@ -570,12 +568,19 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Ids to predict, -100 where there is nothing to learn.
+                Ids to predict, -100 where there is nothing to learn. The loss is over those whose prediction
+                `logits_to_keep` keeps.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last so many positions only; 0 for all. A tensor names the positions, of every
                 row `(num_positions,)` or of each `(batch_size, num_positions)`; a mask `(batch_size, sequence_length)`
                 gives `(num_true, vocab_size)`.
+
+        Raises:
+            `ValueError`: as [`LavinModel.forward`]; if every weight is frozen in training.
         """
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if not any(parameter.requires_grad for parameter in self.parameters()):
+                raise ValueError(FROZEN)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -588,11 +593,17 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
+        hidden_states = kept_positions(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)  # it has no row in the head
-            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            targets = next_labels(labels, **kwargs).unsqueeze(-1)
+            kwargs["shift_labels"] = kept_positions(targets, logits_to_keep).squeeze(-1).contiguous()
+            if frozen_head(self.lm_head, self.loss_function):
+                loss = frozen_head_loss(hidden_states, logits, self.lm_head, **kwargs)
+            else:
+                loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return LavinCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

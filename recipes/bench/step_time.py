@@ -92,9 +92,7 @@ def make_rivals(size: Size, seed: int = 0, lora_dropout: float = 0.0, batches: l
 def labelled_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The loss of `model(**batch)`, with logits only at the positions that have a label."""
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(use_cache=False, logits_to_keep=targets != -100, **inputs).logits
-    return F.cross_entropy(logits.float(), targets[targets != -100])
+    return model(use_cache=False, logits_to_keep=targets != -100, **batch).loss
 
 
 def run(size: Size, rounds: int, seed: int = 0, lora_dropout: float = 0.0) -> dict:

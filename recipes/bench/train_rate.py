@@ -12,6 +12,7 @@ is read, nothing is logged or saved.
 """
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -73,13 +74,15 @@ def recipe_batch(batch: dict[str, torch.Tensor], image_token_id: int) -> dict[st
 
 
 def recipe_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss by the recipe of 2023: all images through the tower, logits at all positions."""
+    """The loss by the recipe of 2023: all images through the tower, logits and their gradients at all positions."""
     base = model.get_base_model()
     has_image = (batch["input_ids"] == base.config.image_token_id).any(dim=1)
     features = base.get_image_features(batch["pixel_values"], return_dict=True)
     features.pooler_output = features.pooler_output[has_image]
     inputs = {name: value for name, value in batch.items() if name != "pixel_values"}
-    return model(use_cache=False, mm_encoder_outputs={"image": features}, **inputs).loss
+    targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
+    logits = model(use_cache=False, mm_encoder_outputs={"image": features}, **inputs).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def make_rivals(size: Size, batches: list[dict], seed: int = 0, lora_dropout: float = 0.0) -> dict:
