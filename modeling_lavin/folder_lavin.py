@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft import __version__ as peft_version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import ModulesToSaveWrapper
@@ -38,7 +38,7 @@ from .trainable_lavin import (
     set_trainable,
     trained_names,
 )
-from .tuner_lavin import MMAConfig, lift_to_float32
+from .tuner_lavin import MMAConfig, adapter_tensors, find_lavin, lift_to_float32
 
 
 logger = logging.get_logger(__name__)
@@ -647,21 +647,21 @@ def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: s
     weights = {key.removeprefix(BASE_KEY): value for key, value in weights.items()}
     if model.base_model_prefix and not hasattr(model, model.base_model_prefix):  # a LavinModel without its head
         weights = {key.removeprefix(f"{model.base_model_prefix}."): value for key, value in weights.items()}
-    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    shapes = {key.removeprefix(BASE_KEY): tuple(value.shape) for key, value in expected.items()}
-    problems = [f"missing: {key}" for key in shapes if key not in weights]
-    problems += [f"unexpected: {key}" for key in weights if key not in shapes]
+    own = {key.removeprefix(BASE_KEY): value for key, value in adapter_tensors(model, adapter_name).items()}
+    problems = [f"missing: {key}" for key in own if key not in weights]
+    problems += [f"unexpected: {key}" for key in weights if key not in own]
     problems += [
-        f"{key}: {tuple(value.shape)} in the adapter, {shapes[key]} in this model"
+        f"{key}: {tuple(value.shape)} in the adapter, {tuple(own[key].shape)} in this model"
         for key, value in sorted(weights.items())  # a safetensors file has no order
-        if key in shapes and shapes[key] != tuple(value.shape)
+        if key in own and own[key].shape != value.shape
     ]
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"The adapter belongs to another base or has other settings:\n  {shown}")
-    if isinstance(model, PeftModel):
-        weights = {BASE_KEY + key: value for key, value in weights.items()}
-    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(weights[key])
+    find_lavin(model).routing.kept = None
 
 
 def _check_ways(mma, trainable, peft, kwargs: dict):

@@ -1,5 +1,6 @@
 """LaVIN: a frozen vision tower, a frozen language model, and a routing table between them (arXiv 2305.15023)."""
 
+import contextlib
 import functools
 import inspect
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -176,6 +178,11 @@ def checkpoint_routed(routing: MMARouting, checkpoint_function, function, *args,
     return checkpoint_function(run, *args, **kwargs)
 
 
+def nothing_drawn_on_meta():
+    """A context for making modules: where they get no memory, drawing their weights takes its time for nothing."""
+    return no_init_weights() if torch.empty(0).device.type == "meta" else contextlib.nullcontext()
+
+
 class LavinModel(LavinPreTrainedModel):
     """
     The two towers and what lies between them, without a language modelling head.
@@ -185,10 +192,11 @@ class LavinModel(LavinPreTrainedModel):
 
     def __init__(self, config: LavinConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = LavinMultiModalProjector(config)
-        self.modality_embedding = LavinModalityEmbedding(2, config.text_config.hidden_size)
-        self.language_model = AutoModel.from_config(config.text_config)
+        with nothing_drawn_on_meta():
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+            self.multi_modal_projector = LavinMultiModalProjector(config)
+            self.modality_embedding = LavinModalityEmbedding(2, config.text_config.hidden_size)
+            self.language_model = AutoModel.from_config(config.text_config)
         self.has_class_token = any(
             "class_embedding" in name or "cls_token" in name for name, _ in self.vision_tower.named_parameters()
         )

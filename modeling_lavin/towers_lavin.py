@@ -7,6 +7,7 @@ import pickle
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
+from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -151,7 +152,7 @@ def shards_of(index: str) -> list[str]:
 
 def _vision_keys(tensors: dict, config: LavinConfig) -> dict:
     """A tower's own checkpoint, an older one with `vision_model.`, or the vision half of a whole CLIP or SigLIP."""
-    with torch.device("meta"):  # the class itself: `from_config` would initialise it under ZeRO-3
+    with torch.device("meta"), no_init_weights():  # the class: `from_config` would initialise it under ZeRO-3
         expected = set(AutoModel._model_mapping[type(config.vision_config)](config.vision_config).state_dict())
     renamed = {}
     for key, tensor in tensors.items():

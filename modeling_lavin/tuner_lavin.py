@@ -224,7 +224,7 @@ class MMALinear(nn.Linear):
     """A linear map whose float32 weights serve inputs of any dtype."""
 
     def reset_parameters(self):
-        """Does nothing: [`MMALayer.reset_parameters`] draws them. On the meta device torch's own takes its time."""
+        """Does nothing: [`MMALayer.reset_parameters`] draws them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -236,11 +236,11 @@ class MMAUp(nn.Module):
     block i of an expert reads block i of the r inputs (a grouped 1x1 convolution).
     """
 
-    def __init__(self, features: int, r: int, groups: int, experts: int):
+    def __init__(self, features: int, r: int, groups: int, experts: int, **kwargs):
         super().__init__()
         self.groups = groups
-        self.weight = nn.Parameter(torch.empty(experts, features, r // groups, device="meta", dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(experts, features, device="meta", dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(experts, features, r // groups, **kwargs))
+        self.bias = nn.Parameter(torch.empty(experts, features, **kwargs))
 
     def dense(self) -> torch.Tensor:
         """Each expert's map as one matrix, the bias its last row: `(experts, r + 1, features)`."""
@@ -303,16 +303,14 @@ class MMALayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"`groups`={config.groups} does not divide the width {self.features} of {self.key}.")
         routed = self.is_text or config.vision_router
         self.adapter_config[adapter_name] = config
+        device = torch.device("meta") if empty else next(self.base_layer.parameters()).device
+        made = {"device": device, "dtype": torch.float32}
         self.adapter_dropout[adapter_name] = nn.Dropout(config.dropout)
-        self.adapter_down[adapter_name] = MMALinear(self.features, config.r, device="meta", dtype=torch.float32)
-        self.adapter_up[adapter_name] = MMAUp(self.features, config.r, config.groups, 2 if routed else 1)
+        self.adapter_down[adapter_name] = MMALinear(self.features, config.r, **made)
+        self.adapter_up[adapter_name] = MMAUp(self.features, config.r, config.groups, 2 if routed else 1, **made)
         if routed:
-            self.adapter_router[adapter_name] = MMALinear(self.features, 2, device="meta", dtype=torch.float32)
-        device = next(self.base_layer.parameters()).device
-        if device.type != "meta" and not empty:
-            for name in self.adapter_layer_names:
-                if adapter_name in getattr(self, name):
-                    getattr(self, name)[adapter_name].to_empty(device=device)
+            self.adapter_router[adapter_name] = MMALinear(self.features, 2, **made)
+        if device.type != "meta":
             self.reset_parameters(adapter_name, config.init_seed)
 
     @torch.no_grad()
@@ -502,6 +500,14 @@ class MMAModel(BaseTuner):
         lift_to_float32(model, adapter_name)
         find_lavin(model).routing.kept = None
 
+    def _mark_only_adapters_as_trainable(self, model):
+        own = [module for module in model.modules() if isinstance(module, MMALayer | ModulesToSaveWrapper)]
+        parts = [getattr(module, name) for module in own for name in module.adapter_layer_names]
+        trained = {id(parameter) for part in parts for parameter in part.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in trained:
+                parameter.requires_grad = False
+
     def _enable_adapter_layers(self, enabled: bool = True):
         find_lavin(self.model).routing.check_not_folded()
         super()._enable_adapter_layers(enabled)
@@ -550,6 +556,25 @@ class MMAModel(BaseTuner):
     def merge_modality(self, modality: str) -> nn.Module:
         """See `LavinForConditionalGeneration.merge_modality`."""
         return self.model.merge_modality(modality)
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """
+    All that an adapter consists of, by the names it is saved under: [`~peft.get_peft_model_state_dict`] in one walk,
+    without a look at the base's weights.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            parts = {name: module.modules_to_save}
+        elif "adapter_down" in module._modules:
+            parts = {f"{name}.{part}": getattr(module, part) for part in MMALayer.adapter_layer_names}
+        else:
+            continue
+        for part, adapters in parts.items():
+            if adapter_name in adapters:
+                found.update(adapters[adapter_name].state_dict(prefix=f"{part}."))
+    return found
 
 
 def lift_to_float32(model: nn.Module, adapter_name: str):
