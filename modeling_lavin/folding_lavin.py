@@ -107,42 +107,65 @@ def _fold_layer(module: nn.Module, layer, row: torch.Tensor):
         (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).copy_(weight)
 
 
+def _wide(linear: nn.Module) -> torch.Tensor:
+    """A map's weight, `(out, in)`, in float64."""
+    return (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).double()
+
+
+def _seen(linear: nn.Module, layer, row: torch.Tensor) -> torch.Tensor:
+    """The up maps mixed by the expert weights `row`, and their bias, through a map behind them: `(out, r + 1)`."""
+    scale = layer.adapter_config[layer.active_name].scale
+    dense = layer.adapter_up[layer.active_name].dense().double() * scale  # (experts, r + 1, in)
+    return _wide(linear) @ (row.to(dense)[:, None, None] * dense).sum(0).T
+
+
 def _folded(linear: nn.Module, layer, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight, `(out, in)`, and bias of a map that reads the layer's input, for the expert weights `row`."""
-    down, config = layer.adapter_down[layer.active_name], layer.adapter_config[layer.active_name]
-    dense = layer.adapter_up[layer.active_name].dense().double() * config.scale  # (experts, r + 1, d)
-    mixed = (row.to(dense)[:, None, None] * dense).sum(0)
-    up = mixed[:-1].T  # U: (d, r)
-    shift = up @ down.bias.double() + mixed[-1]
-    wide = (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).double()
-    bias = wide @ shift
-    return wide + (wide @ up) @ down.weight.double(), bias if linear.bias is None else linear.bias.double() + bias
+    down, seen = layer.adapter_down[layer.active_name], _seen(linear, layer, row)
+    bias = seen[:, :-1] @ down.bias.double() + seen[:, -1]
+    weight = _wide(linear) + seen[:, :-1] @ down.weight.double()
+    return weight, bias if linear.bias is None else linear.bias.double() + bias
 
 
 class FoldedLinear(nn.Module):
-    """A linear map with folded weights for either modality; each row of a batch goes through its own."""
+    """
+    A linear map with folded weights for either modality: one product where all rows of a batch share theirs. What
+    those weights differ by has the adapter's rank, so a batch of both takes the text's and adds that for its rows with
+    an image.
+    """
 
     def __init__(self, linear: nn.Module, layer, rows: torch.Tensor):
         super().__init__()
         self.routing = layer.routing
+        down = layer.adapter_down[layer.active_name]
         pairs = zip(*(_folded(linear, layer, row) for row in rows), strict=True)
-        weight, bias = (torch.stack(pair).to(linear.weight.dtype) for pair in pairs)
-        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+        weight, bias = (torch.stack(pair) for pair in pairs)
+        values = {
+            "weight": weight,
+            "bias": bias,
+            "down": F.pad(down.weight, (0, 0, 0, 1)),  # with an output that is always 1, for the up maps' bias
+            "down_bias": F.pad(down.bias, (0, 1), value=1.0),
+            "difference": _seen(linear, layer, rows[1] - rows[0]).T.contiguous(),
+        }
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value.to(linear.weight.dtype), requires_grad=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = self.routing.rows
         if isinstance(rows, int):
             return F.linear(x, self.weight[rows], self.bias[rows])
-        text, image = (F.linear(x, self.weight[i], self.bias[i]) for i in (0, 1))
-        return torch.where(rows[:, None, None] == 1, image, text)
+        text = F.linear(x, self.weight[0], self.bias[0])
+        mixed = F.linear(x, self.down, self.down_bias) * rows.to(x.dtype)
+        return torch.addmm(text.flatten(0, -2), mixed.flatten(0, -2), self.difference).view_as(text)
 
 
-def rows_of(modality_ids: torch.Tensor) -> int | torch.Tensor:
-    """The modality of all rows where they share one: then a folded map is one product."""
-    if torch.compiler.is_compiling():
-        return modality_ids
-    found = set(modality_ids.tolist())
-    return found.pop() if len(found) == 1 else modality_ids
+def rows_of(modality_ids: torch.Tensor, dtype: torch.dtype) -> int | torch.Tensor:
+    """The modality of all rows where they share one (compiled code cannot look), else 1 for each row with an image."""
+    if not torch.compiler.is_compiling():
+        found = modality_ids.tolist()
+        if len(set(found)) == 1:
+            return found[0]
+    return modality_ids.to(dtype)[:, None, None]
 
 
 @torch.no_grad()

@@ -374,12 +374,15 @@ class LavinModel(LavinPreTrainedModel):
 
         Raises:
             `ValueError`: if image tokens and image features do not match; if an image comes after a cached prefix
-                without one.
+                without one; if every weight is frozen in training.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if not any(parameter.requires_grad for parameter in self.parameters()):
+                raise ValueError(FROZEN)
         if getattr(self, "_is_replica", False):
             raise ValueError(NO_DATA_PARALLEL)
         self._refresh_kept()
@@ -412,7 +415,7 @@ class LavinModel(LavinPreTrainedModel):
         if self.routing.folded:
             if self.training:
                 raise ValueError(FOLDED)
-            self.routing.rows = rows_of(modality_ids)
+            self.routing.rows = rows_of(modality_ids, inputs_embeds.dtype)
         try:
             outputs = self.language_model(
                 attention_mask=attention_mask,
@@ -582,13 +585,7 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
                 Compute logits for the last so many positions only; 0 for all. A tensor names the positions, of every
                 row `(num_positions,)` or of each `(batch_size, num_positions)`; a mask `(batch_size, sequence_length)`
                 gives `(num_true, vocab_size)`.
-
-        Raises:
-            `ValueError`: as [`LavinModel.forward`]; if every weight is frozen in training.
         """
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if not any(parameter.requires_grad for parameter in self.parameters()):
-                raise ValueError(FROZEN)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -644,7 +641,7 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         """
         Folds the language model's active adapter into its own maps, in place, for both modalities: each map that reads
         an adapted input gets one weight for text and one for prompts with an image, and every row goes through its
-        own. Generation then costs what the base's does (a batch that mixes both pays those maps twice); the memory of
+        own. Generation then costs what the base's does (some percent more in a batch that mixes both); the memory of
         those maps doubles, a quarter of a Llama's. Any decoder can be folded so, biases or not. The vision tower's
         adapters route by token and stay.
 

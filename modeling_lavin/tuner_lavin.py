@@ -180,7 +180,7 @@ class MMARouting:
         kept (`KeptRouting`, *optional*): of earlier forwards.
         pinned (`bool`): within `generate`, where nothing changes and what is kept need not be checked.
         folded (`bool`): the language model's layers are gone, folded into its maps for both modalities.
-        rows (`int` or `torch.Tensor`, *optional*): for folded maps, the modality of all rows or of each.
+        rows (`int` or `torch.Tensor`, *optional*): for folded maps, see `rows_of`.
     """
 
     def __init__(self):
