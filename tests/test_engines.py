@@ -1,4 +1,4 @@
-"""An engine that knows Llama only, vLLM in an environment of its own, serves what `lavin export` wrote."""
+"""Engines that know Llama only, vLLM and llama.cpp in environments of their own, serve what `lavin export` wrote."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
 
@@ -14,9 +15,19 @@ import pytest
 import torch
 from conftest import fill
 from PIL import Image
-from test_harness import UNREACHABLE, check
+from test_harness import ROOT, UNREACHABLE, check
 from test_harness import run as run_in
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from lavin import LavinForConditionalGeneration, LavinProcessor
 from lavin.recipes.export import export_folder
@@ -50,19 +61,21 @@ def vllm(tmp_path_factory):
     shutil.rmtree(folder)  # gigabytes
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A LaVIN with random towers, heads wide enough for the engine and a strong adapter, and both its sides."""
-    folder = tmp_path_factory.mktemp("engine")
+def export(folder, tokenizer: PreTrainedTokenizerBase):
+    """
+    A LaVIN with random towers, heads wide enough for the engines and a strong adapter.
+
+    Returns:
+        `tuple`: the folder of both its sides, itself, and its processor.
+    """
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=404, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=256,
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=256,
         )
     ).save_pretrained(folder / "text")  # fmt: skip
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / "text" / name, folder / "text")
+    tokenizer.save_pretrained(folder / "text")
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8
     )
@@ -75,6 +88,11 @@ def exported(tmp_path_factory):
     processor.save_pretrained(folder / "trained")
     export_folder(folder / "trained", folder / "plain")
     return folder / "plain", LavinForConditionalGeneration.from_pretrained(folder / "trained").eval(), processor
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("engine"), AutoTokenizer.from_pretrained(TINY / "text"))
 
 
 def answer(model, processor, image=None) -> list[int]:
@@ -147,3 +165,60 @@ def test_text_by_chat(vllm, exported, tmp_path):
         )
         choice = json.load(urllib.request.urlopen(request, timeout=600))["choices"][0]
     assert choice["token_ids"] == answer(model, processor)
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of LLaMA's kind, pairs of bytes with a way out for what is in none of them: llama.cpp knows few."""
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{number:02X}>" for number in range(256))]
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator((ROOT / "README.md").read_text(encoding="utf-8").splitlines(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tmp_path_factory):
+    """llama.cpp: its converter, from the sources that its Python binding carries, and Python of a built one."""
+    folder = tmp_path_factory.mktemp("llama_cpp")
+    source = ("download", "--no-deps", "--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36")
+    probe = run_in(sys.executable, "-m", "pip", *source, "--retries", "1", "-d", folder)
+    if probe.returncode and any(sign in probe.stdout + probe.stderr for sign in UNREACHABLE):
+        pytest.skip("the package index cannot be reached")
+    assert probe.returncode == 0, probe.stderr[-2000:]
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder / "source", filter="data")
+    python = folder / "env" / "bin" / "python"
+    check(run_in(sys.executable, "-m", "venv", folder / "env"))
+    check(run_in(python, "-m", "pip", "install", "-q", "xllamacpp==2026.10.11549"))
+    yield next(folder.glob("source/*/vendor/llama.cpp")), python
+    shutil.rmtree(folder)
+
+
+COMPLETE = """
+import json, sys, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.n_ctx, parameters.warmup = sys.argv[1], 256, False
+request = {"prompt": json.loads(sys.argv[2]), "max_tokens": int(sys.argv[3]), "temperature": 0, "ignore_eos": True}
+print(json.dumps(xllamacpp.Server(parameters).handle_completions(request)["choices"][0]["text"]))
+"""
+
+
+def test_gguf_of_the_text_side(llama_cpp, tmp_path):
+    """The README's command, and six greedy tokens of the file that it writes."""
+    source, python = llama_cpp
+    plain, model, processor = export(tmp_path, llama_tokenizer())
+    gguf = tmp_path / "lavin-text.gguf"
+    check(
+        run_in(sys.executable, source / "convert_hf_to_gguf.py", plain / "text", "--outtype", "f32", "--outfile", gguf)
+    )
+    tokenizer = processor.tokenizer
+    for question in (QUESTION, "Faster than anything else"):
+        ids = tokenizer(question)["input_ids"]
+        output = model.generate(torch.tensor([ids]), min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False)
+        said = json.loads(check(run_in(python, "-c", COMPLETE, gguf, json.dumps(ids), TOKENS)).splitlines()[-1])
+        assert said == tokenizer.decode(output[0])[len(tokenizer.decode(ids)) :]
+        assert len(set(output[0, len(ids) :].tolist())) > 1  # one token again and again would show little
