@@ -416,6 +416,8 @@ class LavinModel(LavinPreTrainedModel):
             if self.training:
                 raise ValueError(FOLDED)
             self.routing.rows = rows_of(modality_ids, inputs_embeds.dtype)
+        if position_ids is None and past_key_values is None:
+            attention_mask = self._needed_mask(attention_mask)
         try:
             outputs = self.language_model(
                 attention_mask=attention_mask,
@@ -439,6 +441,20 @@ class LavinModel(LavinPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=None if images is None else images.pooler_output,
         )
+
+    def _needed_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """
+        None in training where all padding is on the right: nothing before it sees it, and it has no labels. SDPA then
+        leaves out the half of the scores that no token sees, and runs its flash kernel on a GPU.
+        """
+        given = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if not (given and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return attention_mask
+        if self.language_model.config._attn_implementation != "sdpa":
+            return attention_mask
+        mask = attention_mask.bool()
+        on_the_right = mask[:, 0].all() & (mask[:, 1:] <= mask[:, :-1]).all()
+        return None if bool(on_the_right) else attention_mask
 
     def _image_places(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Where embedded text holds the image token, `(batch, length)`."""
