@@ -38,7 +38,7 @@ from .trainable_lavin import (
     set_trainable,
     trained_names,
 )
-from .tuner_lavin import MMAConfig, adapter_tensors, find_lavin, lift_to_float32
+from .tuner_lavin import MMAConfig, adapter_tensors, check_not_diverged, find_lavin, lift_to_float32
 
 
 logger = logging.get_logger(__name__)
@@ -637,12 +637,7 @@ def local_checkpoints(config: LavinConfig) -> list[str]:
 
 def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: str):
     """Sets an adapter's weights, float32 whatever the base's dtype, after comparing names and shapes."""
-    real = {key: value for key, value in weights.items() if not value.is_meta}
-    if bad := next((key for key, value in real.items() if not value.isfinite().all()), None):
-        raise ValueError(
-            f"The adapter holds NaN or infinity ({bad.removeprefix(BASE_KEY)}): its training has diverged. Take an "
-            "earlier `checkpoint-N`."
-        )
+    check_not_diverged(weights)
     lift_to_float32(model, adapter_name)
     weights = {key.removeprefix(BASE_KEY): value for key, value in weights.items()}
     if model.base_model_prefix and not hasattr(model, model.base_model_prefix):  # a LavinModel without its head

@@ -522,6 +522,11 @@ class MMAModel(BaseTuner):
         find_lavin(model).routing.check_not_folded()
         return super()._get_adapter_state_dict(model=model, **kwargs)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, state_dict, **kwargs):  # what PEFT's own loading sets
+        check_not_diverged(state_dict)
+        return super()._remap_adapter_state_dict_for_load(state_dict=state_dict, **kwargs)
+
     def delete_adapter(self, adapter_name: str):
         find_lavin(self.model).routing.check_not_folded()
         was_active = adapter_name in self.active_adapters
@@ -556,6 +561,19 @@ class MMAModel(BaseTuner):
     def merge_modality(self, modality: str) -> nn.Module:
         """See `LavinForConditionalGeneration.merge_modality`."""
         return self.model.merge_modality(modality)
+
+
+def check_not_diverged(weights: dict[str, torch.Tensor]):
+    """
+    Raises:
+        `ValueError`: if an adapter's weights, which are about to be set, hold NaN or infinity.
+    """
+    bad = next((key for key, value in weights.items() if not value.is_meta and not value.isfinite().all()), None)
+    if bad is not None:
+        raise ValueError(
+            f"The adapter holds NaN or infinity ({bad.removeprefix('base_model.model.')}): its training has diverged. "
+            "Take an earlier `checkpoint-N`."
+        )
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:

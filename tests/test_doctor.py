@@ -160,7 +160,7 @@ DAMAGES = {  # kind of folder, damage, {name of a red line: words of it and of i
     "config.json cut off": (
         "trained",
         lambda f: truncate(f / "config.json"),
-        {"config": ("config.json is no JSON", "again")},
+        {"config": ("config.json cannot be read", "again")},
     ),
     "another model": ("trained", lambda f: edit(f / "config.json", model_type="bert"), {"config": ("bert", "init")}),
     "adapter cut off": ("trained", lambda f: truncate(f / WEIGHTS), {"adapter": ("cannot be read", "checkpoint-N")}),

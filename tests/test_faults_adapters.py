@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import folder, happened, refused  # noqa: F401
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
@@ -144,6 +145,15 @@ def test_a_damaged_adapter_is_refused_by_every_call(folder, expected, copied, ca
         with pytest.raises((ValueError, OSError), match=reason):
             model.load_adapter(copied, adapter_name="bad")
         assert list(model.peft_config) == ["mma"] and torch.equal(logits(model), expected)
+
+
+def test_pefts_own_loading_refuses_nan(pair, copied):  # noqa: F811
+    change(copied / WEIGHTS, spoil)
+    base = LavinForConditionalGeneration.from_vision_text_pretrained(
+        pair / "vision", pair / "text", image_token_id=300
+    )
+    with refused(AREA, "NaN, by `PeftModel.from_pretrained`", DAMAGES["NaN in the adapter"][1]):
+        PeftModel.from_pretrained(base, copied / "mma")
 
 
 def test_another_base(folder, pair, tmp_path):  # noqa: F811

@@ -1,6 +1,5 @@
 """A LaVIN folder or repository: its files, and how to write again what is damaged."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
 import lavin
 from lavin import LavinConfig
-from lavin.files_lavin import find_file
+from lavin.files_lavin import find_file, read_json
 from lavin.folder_lavin import ADAPTER_NAME, BASE_WEIGHTS
 from lavin.towers_lavin import shards_of
 
@@ -45,7 +44,7 @@ class Folder:
     def read(self, file: str) -> dict:
         """A JSON file; empty where there is none."""
         path = self.find(file)
-        return read_json(path, file) if path else {}
+        return read_json(path) if path else {}
 
     def missing_of_processor(self) -> list[str]:
         """Which of the processor's files are not there. Older folders have the chat template inside another one."""
@@ -62,17 +61,6 @@ class Folder:
         for tensor, file in self.read(held)["weight_map"].items():
             files[file].add(tensor)
         return files
-
-
-def read_json(path: str | os.PathLike, name: str) -> dict:
-    """
-    Raises:
-        `ValueError`: if it is no JSON; the message names it.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {error}") from error
 
 
 def local_file(name: str, revision: str | None, file: str) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
+from lavin.generation_lavin import context_length
 from lavin.recipes.load import eos_token_ids, load_model
 
 from .app import create_app
@@ -97,7 +98,7 @@ def serve(
     model, processor = load_model(folder, device, dtype, revision)
     check_cache(model)
     name = served_model_name or (Path(folder).resolve().name if Path(folder).is_dir() else str(folder))
-    context = context_length(model, max_context)
+    context = served_context(context_length(model.config.get_text_config()), max_context)
     limits = Limits(
         context=context,
         max_tokens=max_tokens,
@@ -149,14 +150,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def context_length(model, wanted: int | None) -> int:
+def served_context(own: int | None, wanted: int | None) -> int:
     """
     Raises:
-        `ValueError`: if the model does not say its length and nothing is wanted, or more is wanted than it has.
+        `ValueError`: if the model has no limit of its own and nothing is wanted, or more is wanted than it has.
     """
-    own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if wanted is None and own is None:
-        raise ValueError("The model does not say how many tokens it was trained on: give --max-context.")
+        raise ValueError("The model does not say how many tokens it can read: give --max-context.")
     if wanted is not None and (wanted < 2 or (own is not None and wanted > own)):
         raise ValueError(f"--max-context must be 2 to {own or 'any number'}, got {wanted}.")
     return wanted or own
