@@ -13,7 +13,16 @@ from lavin.recipes.bench.models import QUICK, Size, adapted_lavin, embed, frozen
 from lavin.recipes.bench.models import rows_of as rows_without_padding
 from lavin.recipes.bench.step_time import labelled_loss
 from lavin.recipes.bench.timing import UNITS, reached
-from lavin.recipes.bench.train_rate import LLAVA_IMAGE_ID, PADDED, llava, llava_batch, recipe_batch, recipe_loss
+from lavin.recipes.bench.train_rate import (
+    LLAVA_IMAGE_ID,
+    PADDED,
+    add_fused_lm_head,
+    llava,
+    llava_batch,
+    recipe_batch,
+    recipe_loss,
+    trl_loss,
+)
 
 
 STEP_RATIOS = {
@@ -21,6 +30,8 @@ STEP_RATIOS = {
     *("mma_labelled/base", "mma_labelled/lora", "mma_labelled/lora_labelled"),
 }
 TRAIN_RATIOS = {f"{rival}/{own}" for rival in ("llava", "recipe_2023") for own in ("lavin", "lavin_all_logits")}
+if add_fused_lm_head is not None:
+    TRAIN_RATIOS |= {"llava_trl/lavin_trl", "llava_trl/lavin"}
 MEMORY_RATIOS = {"mma/lora", "mma_labelled/lora_labelled", "mma_labelled/lora", "mma/base"}
 DECODE_RATIOS = {"mma/base", "folded/base", "merged/base"}
 PREFILL_RATIOS = {"mma/base", "mma_images/base_images"}
@@ -113,6 +124,10 @@ def test_rivals_compute_the_same():
     torch.testing.assert_close(disabled, expected)
     assert not torch.equal(trained, expected)
     torch.testing.assert_close(labelled, trained)
+    if add_fused_lm_head is not None:
+        add_fused_lm_head(adapted.get_base_model())
+        with torch.no_grad():
+            torch.testing.assert_close(trl_loss(adapted, batch), trained)
 
 
 def test_llava_is_the_same_towers_and_rows():
