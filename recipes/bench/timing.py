@@ -6,6 +6,7 @@ processor time that is measured, which other programs' turns on the core do not 
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -72,7 +73,8 @@ def interleave(
     rivals: dict[str, Callable[[int], float | None]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
     """
-    Runs all rivals in every round, each round starting with another one.
+    Runs all rivals in every round, in another order each time: what one leaves behind (memory that must be mapped
+    again) falls on the next, and must not always fall on the same one.
 
     Args:
         rivals (`dict[str, Callable]`): Each gets the number of the round, so that all of a round do the same work.
@@ -83,10 +85,9 @@ def interleave(
     Returns:
         `dict[str, list[float]]`: seconds of each rival in each round.
     """
-    names, seconds = list(rivals), {name: [] for name in rivals}
+    shuffled, seconds = random.Random(0), {name: [] for name in rivals}
     for number in tqdm(range(-warmup, rounds), desc="rounds", leave=False, disable=None):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in shuffled.sample(list(rivals), len(rivals)):
             start = clock()
             own = rivals[name](max(number, 0))
             taken = clock() - start if own is None else own
