@@ -112,7 +112,9 @@ def plot(result: dict, path: Path) -> Path:
         ("training step", "mma/base_vision"): ("training / base with vision backward", "#2f6f4f", ":"),
         ("decoding step", "mma/base"): ("decoding / base", "#8a5a2b", "-"),
     }
-    figure, grid = plt.subplots(2, len(axes), figsize=(3 * len(axes), 5.5), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(
+        2, len(axes), figsize=(3 * len(axes), 5.5), layout="constrained", squeeze=False, sharey="row"
+    )
     for column, axis in enumerate(axes):
         above, below = grid[:, column]
         for (kind, name), (label, color, style) in lines.items():
@@ -127,7 +129,8 @@ def plot(result: dict, path: Path) -> Path:
                 label = f"{kind}, {'LaVIN' if rival == 'mma' else 'base'}"
                 below.plot(x, seconds, look, color=color, marker="o", ms=3, label=label)
         above.axhline(1, color="grey", linewidth=0.8)
-        above.set(title=axis, ylim=(0.9, max(1.2, above.get_ylim()[1])))
+        low, high = above.get_ylim()
+        above.set(title=axis, ylim=(min(0.9, low), max(1.2, high)))
         below.set(yscale="log", xlabel=axis)
         for panel in (above, below):
             panel.grid(alpha=0.3)
