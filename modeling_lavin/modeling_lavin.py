@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -180,7 +179,7 @@ def checkpoint_routed(routing: MMARouting, checkpoint_function, function, *args,
 
 def nothing_drawn_on_meta():
     """A context for making modules: where they get no memory, drawing their weights takes its time for nothing."""
-    return no_init_weights() if torch.empty(0).device.type == "meta" else contextlib.nullcontext()
+    return init.no_init_weights() if torch.empty(0).device.type == "meta" else contextlib.nullcontext()
 
 
 class LavinModel(LavinPreTrainedModel):
