@@ -415,8 +415,6 @@ class LavinModel(LavinPreTrainedModel):
             if self.training:
                 raise ValueError(FOLDED)
             self.routing.rows = rows_of(modality_ids, inputs_embeds.dtype)
-        if position_ids is None and past_key_values is None:
-            attention_mask = self._needed_mask(attention_mask)
         try:
             outputs = self.language_model(
                 attention_mask=attention_mask,
@@ -440,20 +438,6 @@ class LavinModel(LavinPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=None if images is None else images.pooler_output,
         )
-
-    def _needed_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """
-        None in training where all padding is on the right: nothing before it sees it, and it has no labels. SDPA then
-        leaves out the half of the scores that no token sees, and runs its flash kernel on a GPU.
-        """
-        given = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-        if not (given and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return attention_mask
-        if self.language_model.config._attn_implementation != "sdpa":
-            return attention_mask
-        mask = attention_mask.bool()
-        on_the_right = mask[:, 0].all() & (mask[:, 1:] <= mask[:, :-1]).all()
-        return None if bool(on_the_right) else attention_mask
 
     def _image_places(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Where embedded text holds the image token, `(batch, length)`."""
@@ -574,6 +558,20 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         """See [`LavinModel.routing_table`]."""
         return self.model.routing_table()
 
+    def _needed_mask(self, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        """
+        None in training where all padding is on the right and has no labels: nothing before it sees it, and nothing is
+        asked of it. SDPA then leaves out the half of the scores that no token sees, and may run its flash kernel.
+        """
+        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return attention_mask
+        if attention_mask.ndim != 2 or self.model.language_model.config._attn_implementation != "sdpa":
+            return attention_mask
+        mask = attention_mask.bool()
+        on_the_right = mask[:, 0].all() & (mask[:, 1:] <= mask[:, :-1]).all()
+        asked = (labels.to(mask.device) != -100) & ~mask
+        return None if bool(on_the_right & ~asked.any()) else attention_mask
+
     @can_return_tuple
     def forward(
         self,
@@ -601,6 +599,9 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
                 row `(num_positions,)` or of each `(batch_size, num_positions)`; a mask `(batch_size, sequence_length)`
                 gives `(num_true, vocab_size)`.
         """
+        alone = position_ids is None and past_key_values is None
+        if labels is not None and alone and isinstance(attention_mask, torch.Tensor):
+            attention_mask = self._needed_mask(attention_mask, labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -61,20 +61,23 @@ def vllm(tmp_path_factory):
     shutil.rmtree(folder)  # gigabytes
 
 
-def export(folder, tokenizer: PreTrainedTokenizerBase):
+def export(folder, tokenizer: PreTrainedTokenizerBase, never: slice = slice(0)):
     """
-    A LaVIN with random towers, heads wide enough for the engines and a strong adapter.
+    A LaVIN with random towers, heads wide enough for the engines and a strong adapter, which never says the ids of a
+    slice.
 
     Returns:
         `tuple`: the folder of both its sides, itself, and its processor.
     """
     torch.manual_seed(0)
-    LlamaForCausalLM(
+    text = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=256,
         )
-    ).save_pretrained(folder / "text")  # fmt: skip
+    )  # fmt: skip
+    text.lm_head.weight.data[never] = 0
+    text.save_pretrained(folder / "text")
     tokenizer.save_pretrained(folder / "text")
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8
@@ -176,7 +179,7 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
-    bpe.train_from_iterator((ROOT / "README.md").read_text(encoding="utf-8").splitlines(), trainer)
+    bpe.train_from_iterator((ROOT / "LICENSE").read_text(encoding="utf-8").splitlines(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -210,7 +213,8 @@ print(json.dumps(xllamacpp.Server(parameters).handle_completions(request)["choic
 def test_gguf_of_the_text_side(llama_cpp, tmp_path):
     """The README's command, and six greedy tokens of the file that it writes."""
     source, python = llama_cpp
-    plain, model, processor = export(tmp_path, llama_tokenizer())
+    # Single bytes, which make no text, are decoded in one way by llama.cpp and in another by tokenizers.
+    plain, model, processor = export(tmp_path, llama_tokenizer(), never=slice(0, 259))
     gguf = tmp_path / "lavin-text.gguf"
     check(
         run_in(sys.executable, source / "convert_hf_to_gguf.py", plain / "text", "--outtype", "f32", "--outfile", gguf)

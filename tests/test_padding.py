@@ -5,7 +5,9 @@ import torch
 from conftest import TEXTS, batch, tiny_peft
 
 
-def step(model, inputs, monkeypatch, ask: bool = True) -> tuple[list, torch.Tensor, dict[str, torch.Tensor]]:
+def step(
+    model, inputs, monkeypatch, ask: bool = True, labels=None
+) -> tuple[list, torch.Tensor, dict[str, torch.Tensor]]:
     """Masks that the language model got, the loss, and the gradients."""
     lavin = model.get_base_model().model
     masks, forward = [], lavin.language_model.forward
@@ -19,8 +21,9 @@ def step(model, inputs, monkeypatch, ask: bool = True) -> tuple[list, torch.Tens
     with monkeypatch.context() as patch:
         patch.setattr(lavin.language_model, "forward", seen)
         if not ask:
-            patch.setattr(type(lavin), "_needed_mask", lambda self, mask: mask)
-        loss = model(**inputs, labels=inputs["input_ids"].masked_fill(hidden, -100)).loss
+            patch.setattr(type(model.get_base_model()), "_needed_mask", lambda self, mask, labels: mask)
+        labels = inputs["input_ids"].masked_fill(hidden, -100) if labels is None else labels
+        loss = model(**inputs, labels=labels).loss
     loss.backward()
     return masks[-1], loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -44,6 +47,8 @@ def test_where_the_mask_stays(monkeypatch):
     holes = {**right, "attention_mask": right["attention_mask"].clone()}
     holes["attention_mask"][0, 3] = 0
     assert step(model, holes, monkeypatch)[0] is not None
+    labelled = right["input_ids"].masked_fill(right["input_ids"] == model.config.image_token_id, -100)
+    assert step(model, right, monkeypatch, labels=labelled)[0] is not None  # a padding token is to be predicted
     positions = torch.arange(right["input_ids"].shape[1]).expand_as(right["input_ids"])
     assert step(model, {**right, "position_ids": positions}, monkeypatch)[0] is not None
     assert step(model.eval(), right, monkeypatch)[0] is not None
