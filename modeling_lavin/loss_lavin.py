@@ -35,13 +35,17 @@ class FrozenHeadLoss(torch.autograd.Function):
                 scores.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1))
                 gradient[rows.to(gradient.device)] = (scores.to(logits.dtype) @ weight.to(logits.dtype)).to(gradient)
         ctx.save_for_backward(gradient)
+        ctx.any_counted = len(counted) > 0
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
+        if torch.is_grad_enabled():
+            raise RuntimeError("The loss of a frozen head has no second derivative: take your own, on the logits.")
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_output).to(gradient), None, None, None, None
+        # Without a label the mean is 0 / 0, and zeros times its infinite factor would be NaN.
+        gradient = (gradient * grad_output).to(gradient) if ctx.any_counted else gradient
+        return gradient, None, None, None, None
 
 
 def frozen_head(head: nn.Module, loss_function) -> bool:
@@ -53,6 +57,7 @@ def frozen_head(head: nn.Module, loss_function) -> bool:
         and type(head.weight) is nn.Parameter  # not quantised, not sharded
         and not (head.weight.requires_grad or head.weight.is_meta or hasattr(head.weight, "ds_id"))
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+        and not (head._backward_hooks or head._backward_pre_hooks)
     )
 
 

@@ -593,7 +593,8 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Ids to predict, -100 where there is nothing to learn. The loss is over those whose prediction
-                `logits_to_keep` keeps.
+                `logits_to_keep` keeps. With a frozen head its gradient goes past the logits, straight to what the head
+                reads.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last so many positions only; 0 for all. A tensor names the positions, of every
                 row `(num_positions,)` or of each `(batch_size, num_positions)`; a mask `(batch_size, sequence_length)`
@@ -619,11 +620,12 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         loss = None
         if labels is not None:
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)  # it has no row in the head
-            targets = next_labels(labels, **kwargs).unsqueeze(-1)
-            kwargs["shift_labels"] = kept_positions(targets, logits_to_keep).squeeze(-1).contiguous()
+            targets = kept_positions(next_labels(labels, **kwargs).unsqueeze(-1), logits_to_keep).squeeze(-1)
             if frozen_head(self.lm_head, self.loss_function):
-                loss = frozen_head_loss(hidden_states, logits, self.lm_head, **kwargs)
+                loss = frozen_head_loss(hidden_states, logits, self.lm_head, **{**kwargs, "shift_labels": targets})
             else:
+                if targets.shape != labels.shape or "shift_labels" in kwargs or torch.is_tensor(logits_to_keep):
+                    kwargs["shift_labels"] = targets.contiguous()
                 loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return LavinCausalLMOutputWithPast(
             loss=loss,

@@ -128,12 +128,21 @@ def test_in_evaluation_there_is_no_gradient(model, calls):
 
 
 def test_without_a_label(model):
-    """As transformers' loss: nothing over nothing, and nothing over a trainer's count."""
+    """As transformers' loss: nothing over nothing, and nothing over a trainer's count, both without gradient."""
     inputs = labelled(model)
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    assert model(**inputs).loss.isnan()
-    loss, gradients = step(model, **inputs, num_items_in_batch=5)
-    assert loss == 0 and all(not gradient.any() for gradient in gradients.values())
+    for items, value in ((None, torch.nan), (0, torch.nan), (torch.tensor(0), torch.nan), (5, 0.0)):
+        loss, gradients = step(model, **inputs, **({} if items is None else {"num_items_in_batch": items}))
+        assert torch.equal(loss.nan_to_num(7), torch.tensor(value).nan_to_num(7))
+        assert len(gradients) > 10 and all(not gradient.any() for gradient in gradients.values())
+
+
+def test_second_derivatives_are_refused(model):
+    """A penalty on the gradient would miss most of its own; on the logits it is whole."""
+    inputs = labelled(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(model(**inputs).loss, trained, create_graph=True, allow_unused=True)
 
 
 @pytest.mark.parametrize("keep", [3, torch.tensor([4, 7]), torch.tensor([[5, 6], [8, 5]]), "mask"])
@@ -174,7 +183,10 @@ def test_only_a_plain_frozen_head_takes_the_short_way(model, calls):
     base.lm_head.weight.requires_grad_(True)
     assert not taken()
     base.lm_head.weight.requires_grad_(False)
-    base.loss_function = lambda logits, labels, **kwargs: logits.mean()
+    handle = base.lm_head.register_full_backward_hook(lambda *args: None)
+    assert not taken()
+    handle.remove()
+    base.loss_function = lambda logits, labels, vocab_size: logits.mean()  # as it is called without more to say
     assert not taken()
     base.loss_function = ForCausalLMLoss
     assert taken()
