@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lavin import LavinForConditionalGeneration, LavinProcessor
 from lavin.recipes.ask import ask
 from lavin.recipes.cli import build_parser, main
+from lavin.recipes.serve import app as app_module
+from lavin.recipes.serve import gate as gate_module
 from lavin.recipes.serve.app import create_app
 from lavin.recipes.serve.batcher import Batcher
 from lavin.recipes.serve.schema import Limits
@@ -96,7 +99,8 @@ def folder(pair, tmp_path_factory):
     seen = [token for answer in answers for token in dict.fromkeys(answer[3:])]
     rare = min(set(seen), key=lambda token: (seen.count(token), token))
     generation = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [2, rare]}))
+    own = {"eos_token_id": [2, rare], "max_new_tokens": 70}
+    (folder / "generation_config.json").write_text(json.dumps({**generation, **own}))
     return folder
 
 
@@ -332,7 +336,7 @@ def test_refused_with_a_reason(client, name):
 OUTSIDE = {
     "outside": "{}/secret.png", "up": "{}/allowed/../secret.png", "coded": "{}/allowed/%2e%2e/secret.png",
     "link": "{}/allowed/link.png", "begins alike": "{}/allowed-not/d.png", "nothing there": "{}/nothing.png",
-    "null": "{}/allowed/a%00b.png",
+    "null": "{}/allowed/a%00b.png", "broken": "[x{}/allowed/below/c.png",
 }  # fmt: skip
 
 
@@ -366,12 +370,16 @@ def test_bodies_that_are_no_requests(server):
     # What a foreign web page could send without asking, or under a name of its own.
     assert httpx.post(url, content=b"{}").status_code == 415
     assert httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    for host in ("localhost:1", "127.0.0.2", "[::1]:8000"):
+        assert httpx.get(f"{server.url}/v1/models", headers={"Host": host}).status_code == 200, host
+    assert httpx.get(url).status_code == 405 and httpx.get(url).headers["allow"] == "POST"
     assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: Not Found"
 
 
 def test_models_health_and_metrics(client, server):
     assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx.head(f"{server.url}/health").status_code == 200
     before = {name: metric(server, f"lavin_{name}") for name in ("prompt_tokens_total", "images_total")}
     usage = ask_client(client, [user("Hello", data_url(picture("red")))]).usage
     assert metric(server, "lavin_prompt_tokens_total") == before["prompt_tokens_total"] + usage.prompt_tokens
@@ -387,7 +395,7 @@ def test_models_health_and_metrics(client, server):
 def keyed(start):
     """A server with a key, a long context and two places: one runs, one waits."""
     options = ["--max-batch-size", 1, "--max-waiting", 1, "--max-batch-tokens", 10**7, "--grace", 1]
-    return start(*options, LAVIN_API_KEY="secret")
+    return start(*options, LAVIN_API_KEY=" secret\n")
 
 
 @pytest.fixture(scope="module")
@@ -419,6 +427,12 @@ def test_api_key(keyed, keyed_client):
     assert httpx.get(f"{keyed.url}/health").status_code == 200
 
 
+def test_the_models_own_answer_length(keyed_client, endless):
+    asked = {name: value for name, value in endless.items() if name != "max_tokens"}
+    answer = keyed_client.chat.completions.create(**asked)
+    assert answer.usage.completion_tokens == 70 and answer.choices[0].finish_reason == "length"
+
+
 def rows(server, kind: str) -> float:
     text = httpx.get(f"{server.url}/metrics", headers=KEY).text
     return float(re.search(rf"^lavin_{kind}_rows (.*)$", text, flags=re.M)[1])
@@ -440,6 +454,23 @@ def test_a_client_that_leaves_frees_its_place(keyed, keyed_client, endless, stre
                 http.send(request)
     wait_for(lambda: rows(keyed, "running") == 0)
     assert keyed_client.chat.completions.create(**{**endless, "max_tokens": 3}).usage.completion_tokens == 3
+
+
+def half_a_request(server) -> socket.socket:
+    """A connection over which a body never arrives whole."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+    return connection
+
+
+def test_a_client_that_leaves_while_it_sends(server):
+    left = r'lavin_requests_total\{status="499"\}'
+    before = metric(server, left)
+    half_a_request(server).close()
+    wait_for(lambda: metric(server, left) == before + 1)
+    assert metric(server, r'lavin_requests_total\{status="500"\}') == 0
 
 
 def test_too_many_requests(keyed, keyed_client, endless):
@@ -481,6 +512,7 @@ def test_stopping(start, endless, sent):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     stream = iter(client.chat.completions.create(**endless, stream=True))
     next(stream)
+    sending = half_a_request(server)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         short = pool.submit(client.chat.completions.create, **{**endless, "max_tokens": 100})
         wait_for(lambda: metric(server, "lavin_running_rows") == 2 or short.done())
@@ -489,6 +521,8 @@ def test_stopping(start, endless, sent):
     with pytest.raises(openai.APIError, match="shutting down"):
         for _ in stream:
             pass
+    answer = b"".join(iter(lambda: sending.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 503") and b"The server is shutting down." in answer
     _, errors = server.communicate(timeout=60)
     assert server.returncode == (0 if sent == signal.SIGINT else -signal.SIGTERM)
     assert "Traceback" not in errors
@@ -529,6 +563,84 @@ def test_a_failing_model_is_a_500_and_the_server_lives_on(folder, monkeypatch):
     asyncio.run(talk())
 
 
+class Client:
+    """One request to an app in this process, whose every move is the test's."""
+
+    def __init__(self, app, **body):
+        head = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/chat/completions"}
+        headers = [(b"content-type", b"application/json")]
+        scope = {**head, "raw_path": b"", "query_string": b"", "headers": headers, "scheme": "http", "asgi": {}}
+        self.body = json.dumps({"model": "tiny", "messages": [user(QUESTIONS[0])], **body}).encode()
+        self.heard, self.left, self.reads = [], asyncio.Event(), asyncio.Event()
+        self.reads.set()
+        self.asked = asyncio.create_task(app(scope, self.receive, self.send))
+
+    async def receive(self):
+        if self.body is not None:
+            body, self.body = self.body, None
+            return {"type": "http.request", "body": body}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message):
+        self.heard.append(message)
+        await self.reads.wait()
+
+
+@pytest.fixture
+def app(folder):
+    """An app in this process, for what a test must hold still."""
+    offline = Offline(folder)
+    batcher = Batcher(offline.model, set())
+    limits = Limits(context=10**6, requests=1, seconds=2.0)
+    batcher.start()
+    yield create_app(batcher, offline.processor, offline.model.generation_config, "tiny", limits)
+    batcher.close()
+
+
+def test_a_client_that_leaves_while_its_prompt_is_read(app, monkeypatch):
+    """Its place is free at once, and the next one's answer is whole."""
+    reading, go_on, read_prompt = threading.Event(), threading.Event(), app_module.read_prompt
+
+    def slow(*arguments):
+        reading.set()
+        assert go_on.wait(60)
+        return read_prompt(*arguments)
+
+    async def talk():
+        with monkeypatch.context() as patch:
+            patch.setattr(app_module, "read_prompt", slow)
+            first = Client(app, max_tokens=3)
+            await asyncio.to_thread(reading.wait, 60)
+            first.left.set()
+            await asyncio.wait_for(first.asked, 60)
+        assert first.heard[0]["status"] == 499 and app.requests == 0
+        second = Client(app, max_tokens=3)
+        await asyncio.wait_for(second.asked, 60)
+        go_on.set()
+        assert json.loads(second.heard[1]["body"])["usage"]["completion_tokens"] == 3
+
+    asyncio.run(talk())
+
+
+def test_a_client_that_does_not_read_its_answer(app, monkeypatch):
+    """Its row leaves when its time is over, though nothing can be sent any more."""
+    monkeypatch.setattr(gate_module, "BODY_SECONDS", 0.5)
+
+    async def talk():
+        client = Client(app, max_tokens=900_000, stream=True)
+        while len(client.heard) < 3:
+            await asyncio.sleep(0.01)
+        client.reads.clear()
+        assert app.requests == 1
+        await asyncio.wait_for(client.asked, 60)
+        while app.batcher.running:
+            await asyncio.sleep(0.01)
+        assert app.requests == 0
+
+    asyncio.run(asyncio.wait_for(talk(), 120))
+
+
 def test_the_readme_names_options_that_exist():
     text = (Path(__file__).parents[1] / "recipes" / "serve" / "README.md").read_text()
     (serve,) = (
@@ -553,6 +665,7 @@ def test_wrong_options(folder, tmp_path, capsys):
         fails("--port", taken.getsockname()[1], message="Choose another --port")
     fails("--port", 0, "--max-context", 10**9, message="--max-context must be 2 to 1000000")
     fails("--port", 0, "--max-batch-size", 0, message="--max-batch-size must be above 0")
+    fails("--port", 0, "--grace", "inf", message="--grace must be a number not below 0")
     fails("--port", 0, "--dtype", "int8", message="--dtype must be")
     fails("--port", 0, "--device", "cuda:99", message="no device 'cuda:99'")
     fails("--port", 0, "--allowed-local-media-path", tmp_path / "none", message="is no folder")

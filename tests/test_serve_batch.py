@@ -3,6 +3,7 @@
 import json
 import queue
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, Lfm2Config, PreTrainedTokenizerFast
 from lavin import LavinForConditionalGeneration
 from lavin.recipes.bench.models import QUICK, adapted_lavin
 from lavin.recipes.serve import batch as batch_module
+from lavin.recipes.serve import batcher as batcher_module
 from lavin.recipes.serve.answer import BROKEN, AnswerText
 from lavin.recipes.serve.batch import Ended, Failed, Row, check_cache
 from lavin.recipes.serve.batcher import Batcher
@@ -211,6 +213,41 @@ def test_one_bad_prompt_fails_alone(model, monkeypatch):
     assert failed.status == 500 and failed.message.endswith("Tried to allocate 20 GiB.") and "memory" in failed.message
 
 
+def test_a_prompt_that_never_fits_leaves_the_limit_as_it_was(model, monkeypatch):
+    runs, (huge, events) = ask(model.config, 0, 9, 0, new=20)[0], ask(model.config, 0, 9, 5)
+    huge.input_ids[3] = VOCAB - 1
+    batcher = Batcher(model, set())
+    with monkeypatch.context() as patch:
+        failing(patch, model, lambda ids: (ids == VOCAB - 1).any(), torch.OutOfMemoryError("out of memory"))
+        batcher.submit(runs)
+        batcher.step()
+        batcher.submit(huge)
+        batcher.step()
+        assert not huge.ended and batcher.fitting_tokens < 100, "it is tried once more, alone"
+        run(batcher)
+    assert events[-1].status == 500 and len(runs.tokens) == 20
+    assert batcher.fitting_tokens == batcher.max_batch_tokens
+
+
+def test_memory_that_ran_out_once_is_tried_again(model, monkeypatch):
+    """Another program took it for a while: four rows at once, then fewer, at last four again."""
+    monkeypatch.setattr(batcher_module, "CALM_STEPS", 5)
+    full = torch.OutOfMemoryError("out of memory")
+    rows = [ask(model.config, 0, 9, n, new=20)[0] for n in range(12)]
+    expected = [offline(model, asked) for asked in rows]
+    batcher = Batcher(model, set(), max_batch_tokens=4 * 30)
+    sizes = []
+    for asked in rows:
+        batcher.submit(asked)
+    with monkeypatch.context() as patch:
+        failing(patch, model, lambda ids: ids.shape == (4, 1), full)
+        batcher.step()
+    while batcher.waiting or batcher.batch:
+        batcher.step()
+        sizes.append(len(batcher.batch.rows) if batcher.batch else 0)
+    assert sizes[0] == 2 and 4 in sizes and [asked.tokens for asked in rows] == expected
+
+
 def test_a_failing_step_ends_its_rows_and_the_next_request_is_answered(model, monkeypatch):
     asked, events = ask(model.config, 1, 9, 0)
     batcher = Batcher(model, set())
@@ -374,16 +411,32 @@ def test_pieces_of_text(tokenizer, stop):
     assert answer.stopped == (expected != TEXT)
 
 
+def words(text: str) -> str:
+    return "".join(character for character in text if character.isascii() and not character.isspace())
+
+
 @pytest.mark.parametrize("tokenizer", tokenizers(), ids=["byte-level", "byte fallback"])
 def test_bytes_that_are_no_text(tokenizer):
-    """Random bytes, cut anywhere: nothing that was handed out is taken back."""
-    rng = random.Random(0)
-    for _ in range(50):
-        tokens = [rng.randrange(256) for _ in range(rng.randrange(1, 30))]
-        answer, pieces = AnswerText(tokenizer), []
-        for token in tokens:
-            pieces.append(answer.push(token))
-            decoded = tokenizer.decode(answer.tokens)
-            if answer.read == len(answer.tokens):
-                assert "".join(pieces).strip() == decoded.strip() or BROKEN in decoded
-        assert "".join([*pieces, answer.end()]).encode("utf-8")
+    """Random tokens, half of them bytes, cut anywhere: no word is lost, whatever stands beside it."""
+    pieces_of = {i: tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))}
+    # Not a letter's own byte, which is broken by its neighbours.
+    ids = [i for i, piece in pieces_of.items() if not re.fullmatch(r"<0x[0-7].>", piece)]
+    newline = tokenizer.convert_tokens_to_ids("<0x0A>") or tokenizer("\n").input_ids[0]
+    rng, broken = random.Random(0), 0
+    for _ in range(300):
+        tokens = [rng.choice([newline, rng.choice(ids), rng.choice(ids)]) for _ in range(rng.randrange(1, 30))]
+        answer = AnswerText(tokenizer)
+        pieces = [answer.push(token) for token in tokens]
+        text, decoded = "".join([*pieces, answer.end()]), tokenizer.decode(tokens)
+        assert words(text) == words(decoded)
+        broken += BROKEN in decoded
+        assert text == decoded.strip() or BROKEN in decoded
+    assert 50 < broken < 300
+
+
+def test_a_stop_string_after_bytes_that_are_no_text():
+    tokenizer = tokenizers()[1]
+    head, tail = ("▁", "t", "h", "e", "<0x0A>", "<0xF0>", "<0x9F>"), ("▁", "e", "n", "d", "S", "T", "O", "P", "s")
+    answer = AnswerText(tokenizer, ["STOP"])
+    pieces = [answer.push(tokenizer.convert_tokens_to_ids(piece)) for piece in (*head, *tail)]
+    assert answer.stopped and "".join(pieces) == f"the\n{BROKEN}{BROKEN} end"

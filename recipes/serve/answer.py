@@ -29,7 +29,7 @@ class AnswerText:
         """Takes one more token and returns the text, maybe none, that is certain now."""
         self.tokens.append(token)
         piece = self._decoded()
-        if piece is None or piece.endswith(BROKEN):
+        if piece.endswith(BROKEN):
             return ""
         self.start, self.read = self.read, len(self.tokens)
         return self._take(piece)
@@ -38,14 +38,17 @@ class AnswerText:
         """What has been held back; nothing can follow."""
         piece = "" if self.stopped else self._decoded()
         self.read = len(self.tokens)
-        pieces = self._take(piece or "")
+        pieces = self._take(piece)
         return pieces + self._visible(len(self.raw))
 
-    def _decoded(self) -> str | None:
-        """Text of the tokens after `read`; None where they change the text before them, as half a character may."""
+    def _decoded(self) -> str:
+        """
+        Text of the tokens after `read`. Decoded with those before them, which may say whether a space comes first;
+        without them where they would change, as single bytes do beside bytes that are no character.
+        """
         before = self._decode(self.tokens[self.start : self.read])
         text = self._decode(self.tokens[self.start :])
-        return text[len(before) :] if text.startswith(before) else None
+        return text[len(before) :] if text.startswith(before) else self._decode(self.tokens[self.read :])
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""

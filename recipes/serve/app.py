@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .answer import AnswerText
 from .batch import Ended, Row
@@ -20,7 +21,7 @@ from .batcher import Batcher
 from .gate import CHAT, Gate, error_response, read_body, retry, wait_until_gone
 from .metrics import Metrics
 from .prompts import read_prompt, sampling
-from .schema import Limits, Refused, parse_request
+from .schema import ChatRequest, Limits, Refused, parse_request
 
 
 def create_app(
@@ -74,13 +75,13 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException):
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return error_response(Refused(message, status=error.status_code))
+        return error_response(Refused(message, status=error.status_code, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception):
         return error_response(Refused(f"The server failed: {type(error).__name__}", status=500))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health():
         status, code = ("ok", 200) if batcher.healthy else ("failing", 503)
         return JSONResponse({"status": status}, code)
@@ -104,15 +105,30 @@ def create_app(
 
     @app.post(CHAT)
     async def chat(request: Request):
-        loop, arrived = asyncio.get_running_loop(), time.monotonic()
-        deadline = arrived + limits.seconds
-        body = parse_request(await read_body(request, limits.body_bytes))
-        check_name(body.model)
-        reading = loop.run_in_executor(readers, lambda: read_prompt(own.processor, body, limits))
+        arrived = time.monotonic()
         try:
-            prompt = await asyncio.wait_for(reading, max(0.0, deadline - time.monotonic()))
-        except asyncio.TimeoutError:
-            raise too_late(limits) from None
+            body = parse_request(await read_body(request, limits.body_bytes, batcher))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        check_name(body.model)
+        gone = asyncio.create_task(wait_until_gone(request))
+        try:
+            return await answer(request, body, gone, arrived)
+        finally:
+            gone.cancel()
+
+    async def answer(request: Request, body: ChatRequest, gone: asyncio.Task, arrived: float):
+        loop, deadline = asyncio.get_running_loop(), arrived + limits.seconds
+        reading = loop.run_in_executor(readers, lambda: read_prompt(own.processor, body, limits))
+        await asyncio.wait(
+            [reading, gone], timeout=max(0.0, deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
+        )
+        if not reading.done():
+            reading.cancel()  # nothing has begun yet, or nobody takes what comes
+            if gone.done():
+                return Response(status_code=499)
+            raise too_late(limits)
+        prompt = reading.result()
         events, pieces = asyncio.Queue(), []
 
         def emit(event):  # called by the worker
@@ -145,17 +161,13 @@ def create_app(
                 return event
             raise Refused(event.message, status=event.status, headers=retry(event.status))
 
-        gone = asyncio.create_task(wait_until_gone(request))
-        try:
-            first = asyncio.create_task(next_event())
-            await asyncio.wait([first, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not first.done():
-                first.cancel()
-                batcher.cancel(row)
-                return Response(status_code=499)  # nobody reads it
-            first = first.result()
-        finally:
-            gone.cancel()
+        first = asyncio.create_task(next_event())
+        await asyncio.wait([first, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not first.done():
+            first.cancel()
+            batcher.cancel(row)
+            return Response(status_code=499)  # nobody reads it
+        first = first.result()
         if row.first_token_at:
             metrics.first_token.observe(row.first_token_at - arrived)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}

@@ -15,6 +15,7 @@ from .batch import Ended, Failed, Row, RowBatch
 logger = logging.getLogger("lavin.serve")
 
 PREFILL_TOKENS = 8192  # of one prefill, padding included
+CALM_STEPS = 500  # without running out of memory, after which twice as much is tried again
 CLOSED = "The server is shutting down."
 
 
@@ -40,6 +41,8 @@ class Batcher:
         self.eos_token_ids = eos_token_ids
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
+        self.fitting_tokens = max_batch_tokens  # fewer for a while where memory ran out
+        self.calm = 0  # steps since then
         self.waiting: deque[Row] = deque()
         self.batch: RowBatch | None = None
         self.starting: list[Row] = []  # taken from `waiting`, not yet in `batch`
@@ -145,7 +148,10 @@ class Batcher:
                 return
             self._keep(going_on)
             self.steps += 1
+            self.calm += 1
             self.failures = 0
+            if self.calm >= CALM_STEPS and self.fitting_tokens < self.max_batch_tokens:
+                self._try(2 * self.fitting_tokens)
 
     def _keep(self, kept: list[int]):
         self.batch.keep(kept)
@@ -158,7 +164,7 @@ class Batcher:
         with self.changed:
             while self.waiting and len(lengths) < self.max_batch_size:
                 length = self.waiting[0].final_length
-                if lengths and (len(lengths) + 1) * max(*lengths, length) > self.max_batch_tokens:
+                if lengths and (len(lengths) + 1) * max(*lengths, length) > self.fitting_tokens:
                     break
                 lengths.append(length)
                 self.starting.append(self.waiting.popleft())
@@ -202,6 +208,8 @@ class Batcher:
             held, tried = (len(r) * max((row.final_length for row in r), default=0) for r in (running, running + left))
             self._again(left, max(held, tried // 2))
         elif failed is not None:
+            if full:  # alone: what ran beside it was not the cause
+                self._try(self.max_batch_tokens)
             self._fail(left, failed)
 
     def _deliver(self, batch: RowBatch) -> list[int]:
@@ -242,12 +250,16 @@ class Batcher:
             row.cancelled = True
 
     def _again(self, rows: list[Row], tokens: int):
-        """Rows that the memory does not hold beside the others wait for their turn; from here on less is tried."""
-        self.max_batch_tokens = max(1, min(tokens, self.max_batch_tokens))
-        logger.warning("out of memory: from here on at most %d tokens are in a batch", self.max_batch_tokens)
+        """Rows that the memory does not hold beside the others wait for their turn; for a while less is tried."""
+        self._try(max(1, min(tokens, self.fitting_tokens)))
+        logger.warning("out of memory: for the next %d steps at most %d tokens", CALM_STEPS, self.fitting_tokens)
         with self.changed:
             self.waiting.extendleft(reversed([row for row in rows if not row.cancelled]))
         self._release()
+
+    def _try(self, tokens: int):
+        """Sets how many tokens a batch may have from here on."""
+        self.fitting_tokens, self.calm = min(tokens, self.max_batch_tokens), 0
 
     def _fail(self, rows: list[Row], failed: Failed):
         for row in rows:

@@ -33,10 +33,15 @@ def add_serve_parser(commands):
     limit("--max-batch-tokens", 32_768, "rows times their longest possible length: bounds the cache's memory")
     limit("--max-waiting", 64, "requests waiting for a place; more get 429")
     limits.add_argument("--max-context", type=int, metavar="N", help="tokens of prompt and answer (the model's own)")
-    limit("--max-tokens", 512, "longest answer in tokens where a request does not say")
+    limits.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer in tokens where a request does not say (the model's generation config's, or 512)",
+    )
     limit("--max-images", 8, "images in one request")
     limit("--max-image-bytes", 10 * 2**20, "of one image file")
-    limit("--max-image-pixels", 40_000_000, "of one image")
+    limit("--max-image-pixels", 40_000_000, "of all images of a request")
     limit("--max-body-bytes", 20 * 2**20, "of one request")
     limit("--timeout", 300.0, "seconds from a request's arrival to its end", float)
     limit("--grace", 30.0, "seconds that running requests get when the server is stopped", float)

@@ -2,6 +2,8 @@
 
 import asyncio
 import hmac
+import ipaddress
+import math
 import time
 
 from fastapi import Request
@@ -13,7 +15,6 @@ from .schema import Limits, Refused
 
 
 CHAT = "/v1/chat/completions"
-LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 BODY_SECONDS = 30  # for a request's body to arrive
 
 
@@ -25,17 +26,25 @@ def retry(status: int) -> dict:
     return {"Retry-After": "1"} if status in (429, 503) else {}
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 async def wait_until_gone(request: Request):
     """Returns when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int, batcher: Batcher) -> bytes:
     """
     Raises:
         [`Refused`]: 415 unless it is JSON (which a foreign web page cannot send unasked), 413 if it is too large, 408
-            if it does not arrive.
+            if it does not arrive, 503 if the batcher's time is over before that.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused("Send JSON with the header `Content-Type: application/json`.", status=415)
@@ -54,11 +63,19 @@ async def read_body(request: Request, limit: int) -> bytes:
             if size > 4 * limit:
                 return
 
-    try:
-        if not (length.isdigit() and int(length) > 4 * limit):
-            await asyncio.wait_for(read(), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise Refused(f"The body did not arrive within {BODY_SECONDS} seconds.", status=408) from None
+    if not (length.isdigit() and int(length) > 4 * limit):
+        reading, until = asyncio.ensure_future(read()), time.monotonic() + BODY_SECONDS
+        try:
+            while not reading.done():
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise Refused(f"The body did not arrive within {BODY_SECONDS} seconds.", status=408)
+                if batcher.stop_at is not None and time.monotonic() > batcher.stop_at:
+                    raise Refused(CLOSED, status=503, headers=retry(503))
+                await asyncio.wait([reading], timeout=min(left, 0.5))
+            reading.result()
+        finally:
+            reading.cancel()
     if size > limit or (length.isdigit() and int(length) > limit):
         raise Refused(f"The body has more than {limit} bytes, the most that is read here.", status=413)
     return b"".join(parts)
@@ -67,12 +84,13 @@ async def read_body(request: Request, limit: int) -> bytes:
 class Gate:
     """
     Stands before the app: who may ask (before anything is read), how many at once (so that bodies, too, are bounded),
-    and what they got, for the metrics. A request that leaves takes its row out of the batch.
+    and what they got, for the metrics. A request that leaves takes its row out of the batch; so does one whose client
+    does not read its answer, once its time is over.
     """
 
     def __init__(self, app, batcher: Batcher, metrics: Metrics, limits: Limits, api_key, local_only: bool):
         self.app, self.batcher, self.metrics, self.limits = app, batcher, metrics, limits
-        self.api_key = api_key.encode() if api_key else None
+        self.api_key = api_key.strip().encode() if api_key else None
         self.local_only = local_only
         self.requests = 0
 
@@ -86,6 +104,9 @@ class Gate:
             problem = Refused(message, status=429, code="too_many_requests", headers=retry(429))
         if problem is None and is_chat and self.batcher.stop_at is not None:
             problem = Refused(CLOSED, status=503, headers=retry(503))
+        answer = self.app if problem is None else error_response(problem)
+        # The app keeps to the time of an answer while somebody reads it.
+        longest = self.limits.seconds + BODY_SECONDS if is_chat else math.inf
         begun, status = time.monotonic(), 499
 
         async def watched(message):
@@ -96,7 +117,9 @@ class Gate:
 
         self.requests += is_chat
         try:
-            await (self.app if problem is None else error_response(problem))(scope, receive, watched)
+            await asyncio.wait_for(answer(scope, receive, watched), None if math.isinf(longest) else longest)
+        except asyncio.TimeoutError:  # nobody reads it: returning ends the connection
+            pass
         finally:
             self.requests -= is_chat
             if row := scope.get("lavin.row"):
@@ -118,7 +141,7 @@ class Gate:
         elif self.local_only:
             host = headers.get(b"host", b"").decode("latin-1").rsplit("]", 1)
             host = host[0].removeprefix("[") if len(host) == 2 else host[0].rpartition(":")[0] or host[0]
-            if host.lower() not in LOCAL_NAMES:
+            if not is_loopback(host):
                 return Refused(
                     f"Requests for {host!r} are not answered here: set an API key to allow them.", status=403
                 )

@@ -16,15 +16,42 @@ from .schema import Limits, Refused
 
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # not all that Pillow can open: some start other programs
+# Small files that cost much: one that is a line becomes a wide image where the shorter side is scaled to the tower's
+# size, and a JPEG may pass over all its pixels again in every scan (a usual one has 10 at most).
+SIDES, SCANS = 100, 100
 
 
-def read_image(url: str, param: str, limits: Limits) -> Image.Image:
+def read_images(urls: list[tuple[str, str]], limits: Limits) -> list[Image.Image]:
     """
-    The image of a `data:` URL, or of a `file:` URL below the allowed folder, as RGB.
+    The images of `data:` URLs, and of `file:` URLs below the allowed folder, as RGB.
+
+    Args:
+        urls (`list[tuple[str, str]]`): Each with the field of the request that it stands in.
+        limits ([`Limits`]): Of their number, and of the sizes of each file and of all pictures together.
 
     Raises:
-        [`Refused`]: if it is any other URL, too large, or no image.
+        [`Refused`]: if one is any other URL or no image, or there is too much of them.
     """
+    if len(urls) > limits.images:
+        raise Refused(f"The request holds {len(urls)} images; at most {limits.images} are read here.", "messages")
+    images, pixels = [], 0
+    for url, param in urls:
+        image = _open(url, param, limits)
+        pixels += image.width * image.height
+        if pixels > limits.image_pixels:
+            size = f"The image has {image.width} x {image.height} pixels"
+            size += f", the images of the request up to it {pixels}" if images else ""
+            raise Refused(f"{size}; at most {limits.image_pixels} are read here.", param)
+        if max(image.size) > SIDES * min(image.size):
+            size = f"{image.width} x {image.height} pixels"
+            raise Refused(f"The image has {size}; no side may be more than {SIDES} times the other.", param)
+        images.append(image)
+    # Only now, that all of them are known to be small enough: opening reads the sizes alone.
+    return [_decoded(image, param) for image, (_, param) in zip(images, urls, strict=True)]
+
+
+def _open(url: str, param: str, limits: Limits) -> Image.Image:
+    """An image whose pixels have not been read yet."""
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
         data = _data_bytes(url, param, limits)
@@ -36,19 +63,25 @@ def read_image(url: str, param: str, limits: Limits) -> Image.Image:
             "from `file://` URLs. Remote URLs are not fetched: send the image itself.",
             param,
         )
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS:
+        raise Refused(f"The image is a JPEG of more than {SCANS} scans.", param)
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > limits.image_pixels:
-            raise Refused(
-                f"The image has {width} x {height} pixels; at most {limits.image_pixels} are read here.", param
-            )
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except Exception as error:
+        raise _unreadable(error, param) from None
+
+
+def _decoded(image: Image.Image, param: str) -> Image.Image:
+    try:
         return to_rgb(image)
-    except Refused:
-        raise
-    except Exception as error:  # Pillow raises many kinds on broken files
-        reason = "not a PNG, JPEG, GIF, WebP or BMP file" if "cannot identify" in str(error) else str(error)
-        raise Refused(f"The image cannot be read: {reason}.", param) from None
+    except Exception as error:
+        raise _unreadable(error, param) from None
+
+
+def _unreadable(error: Exception, param: str) -> Refused:
+    """For what Pillow raises on broken files, which is of many kinds."""
+    reason = "not a PNG, JPEG, GIF, WebP or BMP file" if "cannot identify" in str(error) else str(error)
+    return Refused(f"The image cannot be read: {reason}.", param)
 
 
 def _too_large(size: int, param: str, limits: Limits) -> Refused:
@@ -70,10 +103,13 @@ def _data_bytes(url: str, param: str, limits: Limits) -> bytes:
 def _file_bytes(url: str, param: str, limits: Limits) -> bytes:
     if limits.media_path is None:
         raise Refused("This server reads no local files (`--allowed-local-media-path` allows a folder).", param)
-    parts = urlsplit(url)
-    name = unquote(parts.path)
     # The same words whether a file outside exists or not.
     outside = Refused("The file does not lie below the folder that this server may read.", param, status=403)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise outside from None
+    name = unquote(parts.path)
     if parts.netloc not in ("", "localhost") or not name.startswith("/") or "\0" in name:
         raise outside
     try:

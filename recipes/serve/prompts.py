@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from .images import read_image
+from .images import read_images
 from .schema import ChatRequest, Limits, Refused
 
 
@@ -38,15 +38,13 @@ def read_prompt(processor, request: ChatRequest, limits: Limits) -> Prompt:
                 urls.append((part.image_url.url, f"messages.{i}.content.{j}.image_url"))
         role = "system" if message.role == "developer" else message.role
         conversation.append({"role": role, "content": message.content})
-    if len(urls) > limits.images:
-        raise Refused(f"The request holds {len(urls)} images; at most {limits.images} are read here.", "messages")
     if characters > limits.context * longest_token(processor):  # more than enough to know, without tokenising it
         raise Refused(
             f"The prompt's text has {characters} characters; the context of {limits.context} tokens cannot hold it.",
             "messages",
             code="context_length_exceeded",
         )
-    images = iter([read_image(url, param, limits) for url, param in urls])
+    images = iter(read_images(urls, limits))
     for message in conversation:
         message["content"] = [
             {"type": "text", "text": part.text} if part.type == "text" else {"type": "image", "image": next(images)}

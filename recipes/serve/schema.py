@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError, field_validator
 
 
+# Messages and their parts, more than any context holds: reading each takes time in which nobody else is heard.
+OBJECTS = 20_000
 # What is known, but not done here: accepted with these values only, which ask for nothing.
 NEUTRAL = {
     "n": (1,),
@@ -22,6 +24,9 @@ NEUTRAL = {
 }
 # What changes no answer, so may be anything.
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+# The same of a message, so that an answer's can be sent back as it is.
+NEUTRAL_IN_MESSAGE = {"tool_calls": ([],), "annotations": ([],)}
+IGNORED_IN_MESSAGE = {"name"}
 
 
 class Refused(Exception):
@@ -55,7 +60,7 @@ class Limits:
         context (`int`): Tokens of prompt and answer together.
         max_tokens (`int`): Longest answer where the request does not say.
         body_bytes, image_bytes (`int`): Of the request's body; of one image file.
-        image_pixels, images (`int`): Of one image; images in one request.
+        image_pixels, images (`int`): Of all images of one request together; images in one request.
         requests (`int`): Taken in at once, running and waiting; more get 429.
         seconds (`float`): From a request's arrival to the end of its answer.
         media_path (`Path`, *optional*): Images may be files below this folder; nowhere by default.
@@ -88,8 +93,10 @@ class ImagePart(BaseModel):
 
 
 class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], FailFast()]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -107,7 +114,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -128,16 +135,30 @@ def parse_request(body: bytes) -> ChatRequest:
     Raises:
         [`Refused`]: if the body is no valid request, or asks for what this server does not do.
     """
+    if body.count(b"{") > OBJECTS:
+        raise Refused(f"The body holds more than {OBJECTS} objects (braces), the most that are read here.")
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or None
         raise Refused(f"{where or 'The body'}: {first['msg']}", where) from None
-    for name, value in (request.model_extra or {}).items():
-        if name in IGNORED or value is None or value in NEUTRAL.get(name, ()):
-            continue
-        if name in NEUTRAL:
-            raise Refused(f"`{name}` is not supported: leave it out, or at {NEUTRAL[name][0]!r}.", name)
-        raise Refused(f"`{name}` is not known here; leave it out.", name)
+    check_others(request.model_extra, NEUTRAL, IGNORED)
+    for i, message in enumerate(request.messages):
+        check_others(message.model_extra, NEUTRAL_IN_MESSAGE, IGNORED_IN_MESSAGE, f"messages.{i}.")
     return request
+
+
+def check_others(fields: dict, neutral: dict, ignored: set, place: str = ""):
+    """
+    Raises:
+        [`Refused`]: if fields that are not done here ask for something.
+    """
+    for name, value in fields.items():
+        if name in ignored or value is None or value in neutral.get(name, ()):
+            continue
+        if name in neutral:
+            message = f"`{name}` is not supported: leave it out, or at {neutral[name][0]!r}."
+        else:
+            message = f"`{name}` is not known here; leave it out."
+        raise Refused(message, place + name)

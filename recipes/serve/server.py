@@ -1,7 +1,7 @@
 """Loads a LaVIN and serves it until it is stopped."""
 
-import ipaddress
 import logging
+import math
 import os
 import socket
 import sys
@@ -15,12 +15,13 @@ from lavin.recipes.load import eos_token_ids, load_model
 from .app import create_app
 from .batch import check_cache
 from .batcher import Batcher
+from .gate import is_loopback
 from .schema import Limits
 
 
 # Of a generation config, what the server follows; anything else that is set there is named in a warning.
 FOLLOWED = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length",
+    "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_p", "top_k",
     "max_new_tokens", "use_cache", "cache_implementation", "transformers_version", "_from_model_config",
     "output_attentions", "output_hidden_states",
 }  # fmt: skip
@@ -57,7 +58,7 @@ def serve(
     max_batch_tokens: int = 32_768,
     max_waiting: int = 64,
     max_context: int | None = None,
-    max_tokens: int = 512,
+    max_tokens: int | None = None,
     max_images: int = 8,
     max_image_bytes: int = 10 * 2**20,
     max_image_pixels: int = 40_000_000,
@@ -72,14 +73,15 @@ def serve(
         `OSError`, `ValueError`: if the address cannot be had, the model cannot be read or cannot be batched, or an
             argument makes no sense.
     """
-    counts = {"--max-batch-size": max_batch_size, "--max-batch-tokens": max_batch_tokens, "--max-tokens": max_tokens}
+    counts = {"--max-batch-size": max_batch_size, "--max-batch-tokens": max_batch_tokens}
+    counts |= {} if max_tokens is None else {"--max-tokens": max_tokens}
     counts |= {"--max-image-bytes": max_image_bytes, "--max-image-pixels": max_image_pixels, "--timeout": timeout}
     for option, value in {**counts, "--max-body-bytes": max_body_bytes}.items():
         if not value > 0:
             raise ValueError(f"{option} must be above 0, got {value}.")
     for option, value in {"--max-waiting": max_waiting, "--max-images": max_images, "--grace": grace}.items():
-        if not value >= 0:
-            raise ValueError(f"{option} must not be below 0, got {value}.")
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{option} must be a number not below 0, got {value}.")
     if api_key is not None and not api_key.strip():
         raise ValueError("The API key is empty.")
     media_path = None
@@ -101,7 +103,7 @@ def serve(
     context = served_context(context_length(model.config.get_text_config()), max_context)
     limits = Limits(
         context=context,
-        max_tokens=max_tokens,
+        max_tokens=max_tokens or model.generation_config.max_new_tokens or Limits.max_tokens,
         body_bytes=max_body_bytes,
         image_bytes=max_image_bytes,
         image_pixels=max_image_pixels,
@@ -141,13 +143,6 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise OSError(f"Cannot listen at {host}, port {port}: {error}. Choose another --port or --host.") from error
     return listening
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def served_context(own: int | None, wanted: int | None) -> int:
