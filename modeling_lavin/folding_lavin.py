@@ -4,8 +4,10 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 
@@ -41,6 +43,8 @@ def fold_modality(model, modality: str):
             setattr(
                 config, flag, any(_is_mlp(layer) == (flag == "mlp_bias") for layer in layers) or getattr(config, flag)
             )
+    if any(isinstance(module, ModulesToSaveWrapper) for module in (model.lm_head, model.get_input_embeddings())):
+        config.tie_word_embeddings = False  # one of the two was trained
     dtype = model.get_input_embeddings().weight.dtype
     with torch.device(model.device):
         plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -57,7 +61,7 @@ def fold_modality(model, modality: str):
         _fold_layer(decoder.get_submodule(_path(layer)), layer, row)
     plain.tie_weights()
     if model.generation_config is not None:
-        plain.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+        plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.eval()
 
 
@@ -86,6 +90,8 @@ def _reader_names(module: nn.Module, key: str) -> tuple[str, ...]:
     names = next((names for names in READERS if all(hasattr(module, name) for name in names)), None)
     if names is None:
         raise ValueError(f"Cannot fold {key}: unknown maps {[name for name, _ in module.named_children()]}.")
+    if other := next((name for name in names if isinstance(getattr(module, name), BaseTunerLayer)), None):
+        raise ValueError(f"Cannot fold {key}: {other} has another adapter. Delete that one, or merge it first.")
     return names
 
 

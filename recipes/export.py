@@ -1,5 +1,6 @@
 """Exports a LaVIN as plain language models for engines that know nothing of it, and measures what that changes."""
 
+import copy
 import json
 import os
 import shutil
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lavin.files_lavin import staged
 from lavin.recipes import prompt_embeds as image_side
 from lavin.recipes.init import check_new_folder
 from lavin.recipes.load import load_model, load_processor
@@ -46,8 +49,9 @@ def export_folder(
 
     `text/` is a complete checkpoint of the text architecture (a Llama with `attention_bias=True`), with a tokenizer
     and LaVIN's chat template. `image/` is the same for prompts that hold an image, and has the image side beside it:
-    `image_tokens.pt2` (a `torch.export` program, pixels to image tokens), the image preprocessing and
-    `prompt_embeds.py`, which turns a prompt into embeddings.
+    `image_tokens.pt2` (a `torch.export` program, pixels to image tokens), the image preprocessing, the input
+    embeddings and `prompt_embeds.py`, which turns a prompt into embeddings. All of it appears at the end: whoever
+    stops it before that leaves nothing.
 
     Args:
         model (`str` or `os.PathLike`): A LaVIN with an MMA adapter: folder or Hub name.
@@ -61,7 +65,8 @@ def export_folder(
     Raises:
         `OSError`: if a checkpoint cannot be reached or the folder cannot be written.
         `ValueError`: if the architecture's maps take no bias, the base is quantised, there is no adapter, the chat
-            template is another's, or the output folder holds something.
+            template is another's, the output folder holds something, or what was written is another model than the one
+            with the adapter attached.
     """
     check_new_folder(output)
     if Path(output, "config.json").exists():
@@ -71,16 +76,24 @@ def export_folder(
     # On the CPU, for which the image side's program is then made; an engine moves it where it likes.
     lavin_model, processor = load_model(model, device="cpu", dtype="auto", revision=revision)
     measured = {}
-    for name in wanted:
-        folder = Path(output, name)
-        lavin_model.merge_modality(name).save_pretrained(folder)
-        if name == "text":
-            tokenizer.save_pretrained(folder)
-        else:
-            write_image_side(lavin_model, processor, folder)
-        measured[name] = compare(lavin_model, processor, folder, name)
-        source = str(model) if not os.path.exists(model) else Path(model).resolve().name
-        (folder / "README.md").write_text(card(source, name, measured[name]), encoding="utf-8")
+    Path(output).mkdir(parents=True, exist_ok=True)
+    with staged(output) as place:
+        for name in wanted:
+            folder = place / name
+            lavin_model.merge_modality(name).save_pretrained(folder)
+            if name == "text":
+                tokenizer.save_pretrained(folder)
+            else:
+                write_image_side(lavin_model, processor, folder)
+            measured[name] = found = compare(lavin_model, processor, folder, name)
+            if found["same_next_token"] < 0.5:
+                raise ValueError(
+                    f"The folded {name} side is not the same model: the likeliest next token is the same at "
+                    f"{found['same_next_token']:.0%} of {found['positions']} positions only, and a logit differs by "
+                    f"{found['largest_difference']:.2g}. Nothing was written; please report this architecture."
+                )
+            source = str(model) if not os.path.exists(model) else Path(model).resolve().name
+            (folder / "README.md").write_text(card(source, name, found), encoding="utf-8")
     return measured
 
 
@@ -117,8 +130,16 @@ def write_image_side(model, processor, folder: Path):
             ImageTokens(model).eval(), (pixels.to(model.device),), dynamic_shapes=({0: images},), strict=False
         )
     torch.export.save(program, folder / "image_tokens.pt2", extra_files={"image_token": processor.image_token})
-    processor.tokenizer.save_pretrained(folder)
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    for name in ("auto_map", "processor_class"):  # they would ask for LaVIN's processor
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer._processor_class = None
+    tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():  # through the module: some scale what they look up
+        table = embedding(torch.arange(model.config.text_config.vocab_size, device=model.device))
+    save_file({"weight": table.contiguous().cpu()}, folder / image_side.EMBEDDINGS)
     shutil.copyfile(image_side.__file__, folder / "prompt_embeds.py")
 
 

@@ -5,26 +5,28 @@ Prompts with images as embeddings, for an engine that knows plain language model
     python prompt_embeds.py FOLDER "What is this?" --image cat.png --server http://127.0.0.1:8000/v1
 
 `lavin export` writes this file into the image side's folder. It needs torch, transformers, safetensors and Pillow.
-LaVIN need not be installed, and of the language model only its embedding is read.
+LaVIN need not be installed, and of the language model only its embeddings are read.
 """
 
 import argparse
 import base64
 import io
 import json
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+EMBEDDINGS = "input_embeddings.safetensors"
 
 
 @dataclass
@@ -59,7 +61,7 @@ def load_image_side(folder: str | Path) -> ImageSide:
         CLIPImageProcessorPil.from_pretrained(folder),
         image_tokens,
         stored["image_token"],
-        _read_embedding(folder),
+        load_file(folder / EMBEDDINGS)["weight"],
     )
 
 
@@ -80,11 +82,10 @@ def prompt_embeds(side: ImageSide, question: str, images: list[Image.Image]) -> 
     """
     if not images:
         raise ValueError("The image side is folded for prompts with an image; send text to the text side.")
-    images = [ImageOps.exif_transpose(image).convert("RGB") for image in images]  # as LaVIN reads them
-    pixel_values = side.image_processor(images, return_tensors="pt").pixel_values
+    pixel_values = side.image_processor([to_rgb(image) for image in images], return_tensors="pt").pixel_values
     with torch.no_grad():
         features = side.image_tokens(pixel_values)
-    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": as_text(side, question)}]
     text = side.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
@@ -94,6 +95,22 @@ def prompt_embeds(side: ImageSide, question: str, images: list[Image.Image]) -> 
     embeds = side.embedding[ids.masked_fill(is_image, 0)]
     embeds[is_image] = features.flatten(0, 1).to(embeds)
     return embeds
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as LaVIN reads it: upright, of 16 bits the upper 8, without alpha."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((values >> (8 if image.mode != "I" or values.max() > 255 else 0)).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def as_text(side: ImageSide, question: str) -> str:
+    """A question in which no special token stands, as LaVIN's processor reads one: `</s>` becomes `</s >`."""
+    tokens = {token.content for token in side.tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted({token for token in tokens if len(token) > 1} | {side.image_token}, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, tokens)), lambda found: f"{found[0][:-1]} {found[0][-1]}", question)
 
 
 def ask_server(server: str, embeds: torch.Tensor, max_tokens: int = 64) -> dict:
@@ -135,18 +152,6 @@ def _call(server: str, path: str, body: dict | None = None) -> dict:
         ) from error
     except OSError as error:
         raise OSError(f"{request.full_url} does not answer: {error}. Is the engine running there?") from error
-
-
-def _read_embedding(folder: Path) -> torch.Tensor:
-    """The language model's input embedding, read alone from its safetensors file or shards."""
-    index = folder / "model.safetensors.index.json"
-    names = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
-    for name in sorted(set(names)):
-        with safe_open(folder / name, framework="pt") as file:
-            for key in file.keys():
-                if key.endswith(EMBEDDINGS):
-                    return file.get_tensor(key)
-    raise ValueError(f"No input embedding in {folder}: none of {', '.join(EMBEDDINGS)}.")
 
 
 def main():
