@@ -35,6 +35,8 @@ def fold_modality(model, modality: str):
     layers = model.model.routing.active_layers()
     if not layers:
         raise ValueError("No MMA adapter is active in the language model: there is nothing to fold.")
+    for layer in layers:  # before anything is computed
+        _reader_names(layer.base_layer, layer.key)
     table = model.model.routing_table()
 
     config = copy.deepcopy(model.config.text_config)

@@ -288,7 +288,8 @@ class LavinModel(LavinPreTrainedModel):
         Raises:
             `ValueError`: if no MMA adapter is active there.
         """
-        embedding = self.get_input_embeddings().weight
+        embedding = self.get_input_embeddings()
+        embedding = getattr(embedding, "original_module", embedding).weight  # a trained one may be wider: not the rest
         ids = torch.arange(2, device=embedding.device)
         routing = self.routing
         if not routing.active_layers():

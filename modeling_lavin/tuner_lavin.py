@@ -603,6 +603,25 @@ def lift_to_float32(model: nn.Module, adapter_name: str):
                 # ZeRO-3 keeps the dtype of all its partitions alike.
                 if parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "ds_id"):
                     parameter.data = parameter.data.float()
+            # Without autocast a map, an embedding or a norm must fit what stands before and behind it.
+            weight = getattr(module.original_module, "weight", None)
+            if weight is not None and weight.is_floating_point() and _to_own not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_to_own)
+                module.register_forward_hook(_to_base)
+
+
+def _to_own(wrapper: ModulesToSaveWrapper, args: tuple) -> tuple | None:
+    """Half-precision input in the dtype of the weights that read it: the trained ones, or the base's own."""
+    x = args[0]
+    if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        return None
+    return x.to(wrapper.weight.dtype), *args[1:]
+
+
+def _to_base(wrapper: ModulesToSaveWrapper, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    if torch.is_autocast_enabled(output.device.type):
+        return output
+    return output.to(wrapper.original_module.weight.dtype)
 
 
 if PeftType.MMA not in PEFT_TYPE_TO_CONFIG_MAPPING:

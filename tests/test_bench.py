@@ -19,6 +19,7 @@ from lavin.recipes.bench.train_rate import (
     add_fused_lm_head,
     llava,
     llava_batch,
+    llava_labelled_loss,
     recipe_batch,
     recipe_loss,
     trl_loss,
@@ -29,7 +30,7 @@ STEP_RATIOS = {
     *("mma/base", "mma/lora", "mma/base_vision", "lora/base"),
     *("mma_labelled/base", "mma_labelled/lora", "mma_labelled/lora_labelled"),
 }
-TRAIN_RATIOS = {f"{rival}/{own}" for rival in ("llava", "recipe_2023") for own in ("lavin", "lavin_all_logits")}
+TRAIN_RATIOS = {"llava/lavin", "llava_own/lavin_own", "recipe_2023/lavin", "recipe_2023/lavin_own"}
 if add_fused_lm_head is not None:
     TRAIN_RATIOS |= {"llava_trl/lavin_trl", "llava_trl/lavin"}
 MEMORY_RATIOS = {"mma/lora", "mma_labelled/lora_labelled", "mma_labelled/lora", "mma/base"}
@@ -144,6 +145,7 @@ def test_llava_is_the_same_towers_and_rows():
         torch.testing.assert_close(logits, plain(input_ids=ids[None]).logits[0])
         black = model(**{**inputs, "pixel_values": inputs["pixel_values"] * 0}).logits[0]
         assert not torch.allclose(black, model(**inputs).logits[0])
+        torch.testing.assert_close(llava_labelled_loss(model, inputs), model(**inputs).loss)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 4 * QUICK.layers
     assert all(

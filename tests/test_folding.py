@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import TEXTS, batch, difference, fill, pixels, row, tiny_lavin, tiny_peft
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lavin import MMAConfig
@@ -110,6 +110,21 @@ def test_half_precision_folds_within_its_own_rounding():
 def test_what_cannot_be_folded(prepare, modality, message):
     with pytest.raises(ValueError, match=message):
         prepare().merge_modality(modality)
+
+
+def test_a_map_with_another_adapter_is_not_folded():
+    """A LoRA on a map that is folded would be lost; nothing has changed then."""
+    model = tiny_lavin(adapter=False)
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)
+    model.add_adapter(lora, adapter_name="lora")
+    model.add_adapter(MMAConfig(), adapter_name="mma")
+    fill(model).eval()
+    inputs = batch(model.config, (1, 0))
+    before = model(**inputs).logits
+    for fold in (model.fold, lambda: model.merge_modality("text")):
+        with pytest.raises(ValueError, match="q_proj has another adapter"):
+            fold()
+    assert torch.equal(model(**inputs).logits, before)
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["attention", "attention and MLP"])

@@ -414,6 +414,30 @@ def test_mixed_adapter_batches_are_refused(pair):
         peft.generate(**inputs, adapter_names=["mma", "__base__", "mma"], max_new_tokens=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "norm"])
+def test_modules_to_save_in_half_precision(name, dtype):
+    """Trained in float32 on a base in half precision, with autocast or without: the same but for rounding."""
+    model = tiny_lavin(adapter=False).to(dtype)
+    model.add_adapter(MMAConfig(modules_to_save=[name]), adapter_name="mma")
+    fill(model).eval()
+    trained = [wrapper for key, wrapper in model.named_modules() if key.endswith(name)][0].modules_to_save["mma"]
+    assert trained.weight.dtype == torch.float32
+    inputs = batch(model.config, (1, 0))
+    with torch.no_grad():
+        found = model(**inputs).logits
+        with torch.autocast("cpu", dtype):
+            cast = model(**inputs).logits
+        expected = model.float()(**inputs).logits
+    assert found.dtype == dtype
+    for logits in (found, cast):
+        assert difference(logits.float(), expected) < 0.1 * expected.abs().max()
+    model.to(dtype)
+    model.disable_adapters()
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+
+
 def test_modules_to_save(tmp_path):
     peft = fresh(modules_to_save=["lm_head"])
     assert peft.peft_config["mma"].modules_to_save == ["multi_modal_projector", "modality_embedding", "lm_head"]
