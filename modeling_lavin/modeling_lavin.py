@@ -22,7 +22,7 @@ from .folding_lavin import fold_both, fold_modality, rows_of
 from .generation_lavin import LavinGenerationMixin, flat_features
 from .loss_lavin import frozen_head, frozen_head_loss, next_labels
 from .projector_lavin import LavinMultiModalProjector, draw_projector
-from .tuner_lavin import FOLDED, KeptRouting, MMARouting, find_blocks
+from .tuner_lavin import FOLDED, KeptRouting, MMARouting, computing_device, find_blocks
 
 
 logger = logging.get_logger(__name__)
@@ -289,15 +289,17 @@ class LavinModel(LavinPreTrainedModel):
             `ValueError`: if no MMA adapter is active there.
         """
         embedding = self.get_input_embeddings()
-        embedding = getattr(embedding, "original_module", embedding).weight  # a trained one may be wider: not the rest
-        ids = torch.arange(2, device=embedding.device)
+        ids = torch.arange(2, device=computing_device(embedding))
+        dtype = getattr(
+            embedding, "original_module", embedding
+        ).weight.dtype  # a trained one may be wider: not the rest
         routing = self.routing
         if not routing.active_layers():
             raise ValueError("No MMA adapter is active in the language model: there is no routing.")
         routing.collected = {}
         try:
             self.language_model(
-                inputs_embeds=self.modality_embedding(ids).unsqueeze(1).to(embedding),
+                inputs_embeds=self.modality_embedding(ids).unsqueeze(1).to(ids.device, dtype),
                 position_ids=torch.zeros_like(ids[:1]).unsqueeze(0),
                 use_cache=False,
             )

@@ -260,6 +260,18 @@ class MMAUp(nn.Module):
         return torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), dense.flatten(0, 1)).view_as(x)
 
 
+def computing_device(module: nn.Module) -> torch.device:
+    """Where a module computes: of one whose weights accelerate brings for each forward, where it brings them."""
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        for part in module.modules():
+            hook = getattr(part, "_hf_hook", None)
+            for one in getattr(hook, "hooks", [hook]):
+                if getattr(one, "execution_device", None) is not None:
+                    return torch.device(one.execution_device)
+    return device
+
+
 class MMALayer(nn.Module, BaseTunerLayer):
     """
     Wraps an attention (or MLP) module and adapts its input, `(batch, length, features)`:
@@ -303,7 +315,7 @@ class MMALayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"`groups`={config.groups} does not divide the width {self.features} of {self.key}.")
         routed = self.is_text or config.vision_router
         self.adapter_config[adapter_name] = config
-        device = torch.device("meta") if empty else next(self.base_layer.parameters()).device
+        device = torch.device("meta") if empty else computing_device(self.base_layer)
         made = {"device": device, "dtype": torch.float32}
         self.adapter_dropout[adapter_name] = nn.Dropout(config.dropout)
         self.adapter_down[adapter_name] = MMALinear(self.features, config.r, **made)

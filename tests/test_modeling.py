@@ -345,6 +345,22 @@ def test_device_map_acts_on_the_whole(tmp_path):
         assert difference(logits(model.eval(), **inputs), logits(source, **inputs)) < TOLERANCE
 
 
+@pytest.mark.parametrize("part", ["model.language_model", "model.vision_tower", "lm_head"])
+def test_an_adapter_on_a_base_that_lies_on_the_disk(tmp_path, part):
+    """accelerate brings the base's weights for each forward; the adapter's own are where it computes."""
+    source = tiny_lavin()
+    source.save_pretrained(tmp_path / "full", full=True)
+    parts = ("vision_tower", "multi_modal_projector", "modality_embedding", "language_model")
+    device_map = {**{f"model.{name}": "cpu" for name in parts}, "lm_head": "cpu", part: "disk"}
+    model = LavinForConditionalGeneration.from_pretrained(
+        tmp_path / "full", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert model.get_submodule(part).state_dict() and any(p.is_meta for p in model.get_submodule(part).parameters())
+    for images in ((1, 0), (0, 0)):
+        inputs = batch(source.config, images)
+        assert difference(logits(model.eval(), **inputs), logits(source.eval(), **inputs)) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     "text, backend",
     [
