@@ -13,7 +13,7 @@ import torch
 from conftest import difference, fill
 from PIL import Image
 from test_folders import run
-from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GenerationConfig, LlamaConfig
 
 from lavin import LavinForConditionalGeneration, LavinProcessor
 from lavin.images_lavin import to_rgb
@@ -208,7 +208,13 @@ def test_embeddings_that_are_scaled(pair, tmp_path):
 def test_generation_settings_that_contradict_each_other(pair, tmp_path):
     """A temperature without sampling is what the base came with (Vicuna's), and no reason not to export it."""
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    source = small_lavin(pair, tmp_path, generation={**ends, "temperature": 0.9, "top_p": 0.6, "max_length": 4096})
+    settings = {**ends, "temperature": 0.9, "top_p": 0.6, "max_length": 4096}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    try:
+        GenerationConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    except ValueError:
+        pytest.skip("this transformers saves no such settings at all")
+    source = small_lavin(pair, tmp_path, generation=settings)
     export_folder(source, tmp_path / "out", "text")
     assert json.loads((tmp_path / "out" / "text" / "generation_config.json").read_text())["temperature"] == 0.9
 

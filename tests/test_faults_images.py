@@ -123,7 +123,7 @@ def test_every_way_in_reads_what_is_meant(processor, tmp_path, name):
         found = inputs_of(processor, chat("What?", image))["pixel_values"]
         assert (found - expected).abs().max() < 0.02, image
     assert check_image(data, name) == data
-    served = serve_images.read_image("data:image/png;base64," + base64_text, "x", LIMITS)
+    (served,) = serve_images.read_images([("data:image/png;base64," + base64_text, "x")], LIMITS)
     assert np.array_equal(served, read)
     happened(AREA, name, outcome)
 
@@ -144,7 +144,7 @@ def test_every_way_in_says_what_is_wrong(processor, folder, tmp_path, monkeypatc
         check_image(data, name)
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     with pytest.raises(Refused, match="The image cannot be read|no base64|has 20000 x 20000 pixels"):
-        serve_images.read_image(url, "x", LIMITS)
+        serve_images.read_images([(url, "x")], LIMITS)
     assert main(["ask", str(folder), "What?", "--image", str(file)]) == 2
     assert f"error: The image {file} cannot be read: " in capsys.readouterr().err
 
@@ -232,7 +232,7 @@ def test_urls(processor, monkeypatch, name):
             read_image(server.url)
     if name == "URL that never answers":
         with pytest.raises(Refused, match="Remote URLs are not fetched"):
-            serve_images.read_image(server.url, "x", LIMITS)
+            serve_images.read_images([(server.url, "x")], LIMITS)
 
 
 def test_a_url_that_answers(processor):
