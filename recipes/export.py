@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -139,7 +138,7 @@ def write_image_side(model, processor, folder: Path):
     embedding = model.get_input_embeddings()
     with torch.no_grad():  # through the module: some scale what they look up
         table = embedding(torch.arange(model.config.text_config.vocab_size, device=model.device))
-    save_file({"weight": table.contiguous().cpu()}, folder / image_side.EMBEDDINGS)
+    torch.save(table.clone().cpu(), folder / image_side.EMBEDDINGS)
     shutil.copyfile(image_side.__file__, folder / "prompt_embeds.py")
 
 

@@ -4,7 +4,7 @@ Prompts with images as embeddings, for an engine that knows plain language model
     python prompt_embeds.py FOLDER "What is this?" --image cat.png --output prompt.pt
     python prompt_embeds.py FOLDER "What is this?" --image cat.png --server http://127.0.0.1:8000/v1
 
-`lavin export` writes this file into the image side's folder. It needs torch, transformers, safetensors and Pillow.
+`lavin export` writes this file into the image side's folder. It needs torch, transformers and Pillow.
 LaVIN need not be installed, and of the language model only its embeddings are read.
 """
 
@@ -21,12 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
-EMBEDDINGS = "input_embeddings.safetensors"
+EMBEDDINGS = "input_embeddings.pt"  # engines read every safetensors file of a folder as the model's
 
 
 @dataclass
@@ -61,7 +60,7 @@ def load_image_side(folder: str | Path) -> ImageSide:
         CLIPImageProcessorPil.from_pretrained(folder),
         image_tokens,
         stored["image_token"],
-        load_file(folder / EMBEDDINGS)["weight"],
+        torch.load(folder / EMBEDDINGS, weights_only=True),
     )
 
 
