@@ -289,17 +289,15 @@ class LavinModel(LavinPreTrainedModel):
             `ValueError`: if no MMA adapter is active there.
         """
         embedding = self.get_input_embeddings()
+        embedding = getattr(embedding, "original_module", embedding)  # a trained one may be wider than what follows
         ids = torch.arange(2, device=computing_device(embedding))
-        dtype = getattr(
-            embedding, "original_module", embedding
-        ).weight.dtype  # a trained one may be wider: not the rest
         routing = self.routing
         if not routing.active_layers():
             raise ValueError("No MMA adapter is active in the language model: there is no routing.")
         routing.collected = {}
         try:
             self.language_model(
-                inputs_embeds=self.modality_embedding(ids).unsqueeze(1).to(ids.device, dtype),
+                inputs_embeds=self.modality_embedding(ids).unsqueeze(1).to(ids.device, embedding.weight.dtype),
                 position_ids=torch.zeros_like(ids[:1]).unsqueeze(0),
                 use_cache=False,
             )

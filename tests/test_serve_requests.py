@@ -1,12 +1,12 @@
 """What `lavin serve` makes of a request's body and of its images, without a server."""
 
-import base64
 import io
 import json
 
 import pytest
 from openai.types.chat import ChatCompletionMessage
 from PIL import Image
+from test_serve import data_url, picture
 
 from lavin.recipes.serve.images import read_images
 from lavin.recipes.serve.schema import OBJECTS, Limits, Refused, parse_request
@@ -25,15 +25,8 @@ def reason(call, *arguments) -> Refused:
     return error.value
 
 
-def picture(size, color="red", **options) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, options.pop("format", "PNG"), **options)
-    return file.getvalue()
-
-
 def read(*pictures: bytes) -> list[Image.Image]:
-    urls = [f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in pictures]
-    return read_images([(url, f"image {i}") for i, url in enumerate(urls)], LIMITS)
+    return read_images([(data_url(data), f"image {i}") for i, data in enumerate(pictures)], LIMITS)
 
 
 def scans(data: bytes, more: int) -> bytes:
@@ -65,25 +58,28 @@ def test_an_answer_can_be_sent_back():
 
 def test_images_are_counted_together():
     """Before any is decoded: what lies behind the sizes of the last, here nothing, is not looked at."""
-    assert [image.size for image in read(picture((200, 200)), picture((200, 300)))] == [(200, 200), (200, 300)]
-    refused = reason(read, picture((300, 300))[:60], picture((200, 100)))
+    assert [image.size for image in read(picture("red", (200, 200)), picture("red", (200, 300)))] == [
+        (200, 200),
+        (200, 300),
+    ]
+    refused = reason(read, picture("red", (300, 300))[:60], picture("red", (200, 100)))
     assert "200 x 100 pixels, the images of the request up to it 110000; at most 100000" in refused.message
     assert refused.param == "image 1"
-    assert "5 images; at most 4" in reason(read, *[picture((1, 1))] * 5).message
+    assert "5 images; at most 4" in reason(read, *[picture("red", (1, 1))] * 5).message
 
 
 def test_images_that_are_lines():
     """A processor that scales the shorter side to the tower's would make them huge."""
-    assert [image.size for image in read(picture((1, 100)), picture((700, 7)))] == [(1, 100), (700, 7)]
+    assert [image.size for image in read(picture("red", (1, 100)), picture("red", (700, 7)))] == [(1, 100), (700, 7)]
     for size in ((1, 101), (900, 8)):
-        assert "no side may be more than 100 times the other" in reason(read, picture(size)).message
+        assert "no side may be more than 100 times the other" in reason(read, picture("red", size)).message
 
 
 def test_scans_of_a_jpeg():
     """Each passes over all pixels: a small file could keep a reader for hours."""
     noise = Image.effect_noise((64, 64), 60).convert("RGB")
     file = io.BytesIO()
-    noise.save(file, "JPEG", progressive=True, exif=picture((20, 20), format="JPEG"))
+    noise.save(file, "JPEG", progressive=True, exif=picture("red", (20, 20), format="JPEG"))
     usual = file.getvalue()
     assert 5 < usual.count(b"\xff\xda") < 20
     expected = Image.open(file).convert("RGB")

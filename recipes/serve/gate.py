@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import ipaddress
-import math
 import time
 
 from fastapi import Request
@@ -106,7 +105,7 @@ class Gate:
             problem = Refused(CLOSED, status=503, headers=retry(503))
         answer = self.app if problem is None else error_response(problem)
         # The app keeps to the time of an answer while somebody reads it.
-        longest = self.limits.seconds + BODY_SECONDS if is_chat else math.inf
+        longest = self.limits.seconds + BODY_SECONDS if is_chat else None
         begun, status = time.monotonic(), 499
 
         async def watched(message):
@@ -117,7 +116,7 @@ class Gate:
 
         self.requests += is_chat
         try:
-            await asyncio.wait_for(answer(scope, receive, watched), None if math.isinf(longest) else longest)
+            await asyncio.wait_for(answer(scope, receive, watched), longest)
         except asyncio.TimeoutError:  # nobody reads it: returning ends the connection
             pass
         finally:
