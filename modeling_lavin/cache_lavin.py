@@ -4,6 +4,11 @@ import functools
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+# What transformers calls a cache in arguments and outputs: since 5.24 by another name.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class ModalityCacheMixin:

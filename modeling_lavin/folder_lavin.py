@@ -18,11 +18,11 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft import __version__ as peft_version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
+from .adapters_lavin import LavinAdapterMixin
 from .card_lavin import write_card
 from .configuration_lavin import CHECKPOINTS, OWN_FIELDS, LavinConfig, vision_part
 from .files_lavin import DAMAGED, find_file, read_adapter, read_json, staged, write_adapter
@@ -65,7 +65,7 @@ AUTO_MAP = {
 BASE_KEY = "base_model.model."  # PEFT writes adapter keys as a PeftModel names them
 
 
-class LavinFolderMixin:
+class LavinFolderMixin(LavinAdapterMixin):
     """Loading and saving of a LaVIN model; see the module's text for the layout."""
 
     @classmethod
@@ -466,30 +466,6 @@ class LavinFolderMixin:
         if not is_trainable:
             self.eval()
 
-    def enable_adapters(self):
-        """As in transformers, `modules_to_save` included; an adapter loaded for inference stays frozen."""
-        super().enable_adapters()
-        for module in self.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                module.enable_adapters(True)
-        self._freeze_inference_adapters()
-
-    def set_adapter(self, adapter_name):
-        """As in transformers; an adapter loaded for inference stays frozen."""
-        super().set_adapter(adapter_name)
-        self._freeze_inference_adapters()
-
-    def _freeze_inference_adapters(self):
-        for name, config in self.peft_config.items():
-            if config.inference_mode:
-                _freeze_adapter(self, name)
-
-    def delete_adapter(self, adapter_names):
-        """As in transformers; after the last one the model is as it was before the first."""
-        super().delete_adapter(adapter_names)
-        if not getattr(self, "peft_config", None):
-            unwrap_adapters(self)
-
 
 class LavinPeftModel(PeftModel):
     """
@@ -656,7 +632,7 @@ def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: s
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(weights[key])
-    find_lavin(model).routing.kept = None
+    find_lavin(model).routing.forget()
 
 
 def _check_ways(mma, trainable, peft, kwargs: dict):
@@ -735,25 +711,6 @@ def _adapter_weights(name, folder: str, hub) -> dict[str, torch.Tensor]:
     if file is None:
         raise OSError(f"{name} has no {folder}/{ADAPTER_WEIGHTS}. (Pickled adapters are not read.)")
     return read_adapter(file)
-
-
-def _freeze_adapter(model, adapter_name: str):
-    for name, parameter in model.named_parameters():
-        if f".{adapter_name}." in name:
-            parameter.requires_grad_(False)
-
-
-def unwrap_adapters(model):
-    """Takes the wrappers of deleted adapters out of the model."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, ModulesToSaveWrapper):
-                setattr(module, name, child.original_module)
-            elif hasattr(child, "adapter_down"):
-                setattr(module, name, child.base_layer)
-        if "routing" in vars(module):
-            module.routing.layers.clear()
-            module.routing.kept = None
 
 
 def _base_name(key: str) -> str | None:

@@ -196,6 +196,7 @@ def fold_both(model):
         parent, _, name = key.rpartition(".")
         setattr(model.model.get_submodule(parent), name, module)
     routing.layers.clear()
-    routing.kept, routing.folded = None, True
+    routing.forget()
+    routing.folded = True
     model._hf_peft_config_loaded = False  # transformers' own switches refuse from here on
     return model.eval()

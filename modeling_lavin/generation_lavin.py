@@ -1,5 +1,6 @@
 """Generation: each row's modality is fixed by its whole prompt, and the image token is never generated or drafted."""
 
+import contextlib
 import copy
 
 import torch
@@ -10,7 +11,8 @@ from transformers.generation import LogitsProcessorList, SuppressTokensLogitsPro
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from .cache_lavin import carry_modality
+from .cache_lavin import CACHE, carry_modality
+from .tuner_lavin import alone
 
 
 logger = logging.get_logger(__name__)
@@ -49,16 +51,22 @@ class LavinGenerationMixin(GenerationMixin):
         kwargs = {name: x for name, x in kwargs.items() if x is not None or name not in IMAGE_ARGUMENTS}
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             kwargs["use_cache"] = False  # its blocks drop the cache, and transformers would go on as if it were there
-        model, routing = self.model, self.model.routing
-        pinned = routing.pinned
-        model._refresh_kept()
-        if routing.active_layers():
-            model._table()
-        routing.pinned = True
-        try:
+        with self.keep_routing():
             return super().generate(*args, **kwargs)
-        finally:
-            routing.pinned = pinned
+
+    @contextlib.contextmanager
+    def keep_routing(self):
+        """
+        Within it the routing table is made once instead of in every forward, as within `generate`: for a decoding loop
+        of your own, under `torch.no_grad()`. No weight may change meanwhile, nor autocast or an adapter beside MMA be
+        switched.
+        """
+        model = self.model
+        with model.routing.keep():
+            with alone(model.routing), torch.no_grad():
+                if model.routing.active_layers():  # now: compiled code could not keep it
+                    model._table()
+            yield
 
     def _prepare_generated_length(self, generation_config, **kwargs):
         """A prompt beyond the context would be answered with noise, after a long time: transformers only warns."""
@@ -74,7 +82,7 @@ class LavinGenerationMixin(GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """Fixes each row's modality from the whole prompt, before it is cut into chunks or down to its new part."""
-        cache, images = model_kwargs.get("past_key_values"), model_kwargs.get("mm_encoder_outputs")
+        cache, images = model_kwargs.get(CACHE), model_kwargs.get("mm_encoder_outputs")
         past = int(cache.get_seq_length()) if cache is not None else 0
         if cache is not None:
             carry_modality(cache)

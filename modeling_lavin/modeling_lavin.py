@@ -11,18 +11,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .cache_lavin import cached_modality, carry_modality
+from .cache_lavin import CACHE, cached_modality, carry_modality
 from .configuration_lavin import LavinConfig, check_image_size, patches_per_side, sides
 from .folder_lavin import LavinFolderMixin
 from .folding_lavin import fold_both, fold_modality, rows_of
 from .generation_lavin import LavinGenerationMixin, flat_features
 from .loss_lavin import frozen_head, frozen_head_loss, next_labels
 from .projector_lavin import LavinMultiModalProjector, draw_projector
-from .tuner_lavin import FOLDED, KeptRouting, MMARouting, computing_device, find_blocks
+from .tuner_lavin import FOLDED, MMARouting, alone, computing_device, find_blocks
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +39,7 @@ FROZEN = (
 TOWER_OUTPUTS = ("output_hidden_states", "output_attentions")
 IMAGE_AFTER_TEXT = (
     "An image after a cached prefix without one: the prefix was computed as text only and cannot be made right "
-    "afterwards. Start again without `past_key_values`."
+    f"afterwards. Start again without `{CACHE}`."
 )
 NO_DATA_PARALLEL = (
     "LaVIN does not run under `torch.nn.DataParallel`, which shares one routing table between threads. Start one "
@@ -72,26 +76,16 @@ class LavinImageOutput(BaseModelOutputWithPooling):
 
 
 @dataclass
-class LavinCausalLMOutputWithPast(ModelOutput):
+class LavinCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
-    Outputs of a [`LavinForConditionalGeneration`].
+    Outputs of a [`LavinForConditionalGeneration`]: a causal language model's, whose cache also holds each row's
+    modality, and:
 
     Args:
-        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
-            Next-token loss, a mean over the labelled tokens.
-        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Scores before the softmax.
-        past_key_values (`Cache`, *optional*):
-            Keys and values, and each row's modality.
         image_hidden_states (`torch.Tensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
             The image tokens that were put into the sequence.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -118,7 +112,7 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["LavinMultiModalProjector", "LavinModalityEmbedding"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _keep_in_fp32_modules_strict = ["multi_modal_projector", "modality_embedding"]
     # Quantisation leaves these alone; it matches from the start of a name.
     _keep_in_fp32_modules = [r"(?:model\.)?multi_modal_projector"]
@@ -168,11 +162,12 @@ def checkpoint_routed(routing: MMARouting, checkpoint_function, function, *args,
     weights = routing.weights
 
     def run(*args, **kwargs):
-        current, routing.weights = routing.weights, weights
-        try:
-            return function(*args, **kwargs)
-        finally:
-            routing.weights = current
+        with alone(routing):  # a recomputation is in the backward's thread
+            current, routing.weights = routing.weights, weights
+            try:
+                return function(*args, **kwargs)
+            finally:
+                routing.weights = current
 
     return checkpoint_function(run, *args, **kwargs)
 
@@ -214,19 +209,6 @@ class LavinModel(LavinPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
-    # What is kept between forwards falls with anything that changes weights other than in place.
-    def train(self, mode: bool = True):
-        self.routing.kept = None
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self.routing.kept = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.routing.kept = None
-        return super()._load_from_state_dict(*args, **kwargs)
-
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> LavinImageOutput:
         """
@@ -254,13 +236,14 @@ class LavinModel(LavinPreTrainedModel):
         arguments = {name: kwargs[name] for name in TOWER_OUTPUTS if kwargs.get(name) is not None}
         if interpolate:
             arguments["interpolate_pos_encoding"] = True
-        self.taps.states = []
-        try:
-            outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **arguments)
-            # Under `device_map` the blocks may be on several devices.
-            states = [state.to(outputs.last_hidden_state.device) for state in self.taps.states]
-        finally:
-            self.taps.states = None
+        with alone(self.routing):
+            self.taps.states = []
+            try:
+                outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **arguments)
+                # Under `device_map` the blocks may be on several devices.
+                states = [state.to(outputs.last_hidden_state.device) for state in self.taps.states]
+            finally:
+                self.taps.states = None
         taps = patches = None
         if config.reads_taps:
             taps = torch.stack([state[:, 0] if self.has_class_token else state.mean(dim=1) for state in states], dim=1)
@@ -294,37 +277,25 @@ class LavinModel(LavinPreTrainedModel):
         routing = self.routing
         if not routing.active_layers():
             raise ValueError("No MMA adapter is active in the language model: there is no routing.")
-        routing.collected = {}
-        try:
-            self.language_model(
-                inputs_embeds=self.modality_embedding(ids).unsqueeze(1).to(ids.device, embedding.weight.dtype),
-                position_ids=torch.zeros_like(ids[:1]).unsqueeze(0),
-                use_cache=False,
-            )
-            # Under `device_map` the layers may be on several devices.
-            return torch.stack([routing.collected[layer.key].to(ids.device) for layer in routing.active_layers()])
-        finally:
-            routing.collected = None
-
-    def _refresh_kept(self):
-        """Where gradients are off, the routing is kept until a weight or the choice of adapter changes."""
-        routing = self.routing
-        if torch.is_grad_enabled() or not routing.layers:
-            routing.kept = None
-        elif not routing.pinned and not torch.compiler.is_compiling():
-            embedding = self.modality_embedding
-            if routing.kept is None or routing.kept.key != routing.key(routing.kept.tensors, embedding):
-                tensors = [*self.language_model.parameters(), *embedding.parameters()]
-                routing.kept = KeptRouting(tensors, routing.key(tensors, embedding))
+        with alone(routing):
+            routing.collected = {}
+            try:
+                self.language_model(
+                    inputs_embeds=self.modality_embedding(ids).unsqueeze(1).to(ids.device, embedding.weight.dtype),
+                    position_ids=torch.zeros_like(ids[:1]).unsqueeze(0),
+                    use_cache=False,
+                )
+                # Under `device_map` the layers may be on several devices.
+                return torch.stack([routing.collected[layer.key].to(ids.device) for layer in routing.active_layers()])
+            finally:
+                routing.collected = None
 
     def _table(self) -> torch.Tensor:
         kept = self.routing.usable()
         if kept is None:
             return self.routing_table()
         if kept.table is None:
-            # A tensor made in inference mode could not take part in training later.
-            with torch.inference_mode(False), torch.no_grad():
-                kept.table = self.routing_table()
+            kept.table = self.routing_table()
         return kept.table
 
     def _row_modality(self, modality_ids, has_image, cache, batch_size, device):
@@ -355,6 +326,7 @@ class LavinModel(LavinPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         modality_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LavinModelOutputWithPast:
         r"""
@@ -371,6 +343,8 @@ class LavinModel(LavinPreTrainedModel):
                 or when a prompt with an image is prefilled in chunks.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": get_image_features(...)}`, instead of `pixel_values`.
+            cache (`Cache`, *optional*):
+                `past_key_values` by the name it has since transformers 5.24. Either name is taken with any version.
 
         Raises:
             `ValueError`: if image tokens and image features do not match; if an image comes after a cached prefix
@@ -385,7 +359,7 @@ class LavinModel(LavinPreTrainedModel):
                 raise ValueError(FROZEN)
         if getattr(self, "_is_replica", False):
             raise ValueError(NO_DATA_PARALLEL)
-        self._refresh_kept()
+        cache = one_cache(cache, past_key_values)
 
         images = (mm_encoder_outputs or {}).get("image")
         if images is None and pixel_values is not None and pixel_values.shape[0] > 0:
@@ -407,37 +381,39 @@ class LavinModel(LavinPreTrainedModel):
             inputs_embeds = inputs_embeds + (unused.sum() * 0).to(inputs_embeds)
 
         batch_size, device = inputs_embeds.shape[0], inputs_embeds.device
-        modality_ids = self._row_modality(modality_ids, has_image, past_key_values, batch_size, device)
-        layers = self.routing.active_layers()
-        if layers:
-            weights = self._table()[:, modality_ids].unbind(0)
-            self.routing.weights = {layer.key: weight for layer, weight in zip(layers, weights, strict=True)}
-        if self.routing.folded:
-            if self.training:
-                raise ValueError(FOLDED)
-            self.routing.rows = rows_of(modality_ids, inputs_embeds.dtype)
-        try:
-            outputs = self.language_model(
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                **kwargs,
-            )
-        finally:
-            self.routing.weights = self.routing.rows = None
+        modality_ids = self._row_modality(modality_ids, has_image, cache, batch_size, device)
+        routing = self.routing
+        if routing.folded and self.training:
+            raise ValueError(FOLDED)
+        with alone(routing):
+            if layers := routing.active_layers():
+                weights = self._table()[:, modality_ids].unbind(0)
+                routing.weights = {layer.key: weight for layer, weight in zip(layers, weights, strict=True)}
+            if routing.folded:
+                routing.rows = rows_of(modality_ids, inputs_embeds.dtype)
+            try:
+                outputs = self.language_model(
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    inputs_embeds=inputs_embeds,
+                    **{CACHE: cache},
+                    **kwargs,
+                )
+            finally:
+                routing.weights = routing.rows = None
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.last_finite = outputs.last_hidden_state.detach().isfinite().all()
-        if outputs.past_key_values is not None:
+        cache = getattr(outputs, CACHE)
+        if cache is not None:
             if not torch.compiler.is_compiling():
-                carry_modality(outputs.past_key_values)
-            outputs.past_key_values.modality_ids = modality_ids
+                carry_modality(cache)
+            cache.modality_ids = modality_ids
         return LavinModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=None if images is None else images.pooler_output,
+            **{CACHE: cache},
         )
 
     def _image_places(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -495,6 +471,13 @@ class LavinModel(LavinPreTrainedModel):
         # ZeRO-3 gathers a partitioned weight only inside its own module.
         trained = [p.flatten()[:1] for p in parameters if p.requires_grad and not hasattr(p, "ds_id")]
         return torch.cat([first.to(trained[0]) for first in trained]) if trained else None
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """A cache, given by either of its names."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
+    return past_key_values if cache is None else cache
 
 
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -586,6 +569,7 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         modality_ids: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LavinCausalLMOutputWithPast:
         r"""
@@ -601,15 +585,16 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
                 row `(num_positions,)` or of each `(batch_size, num_positions)`; a mask `(batch_size, sequence_length)`
                 gives `(num_true, vocab_size)`.
         """
-        alone = position_ids is None and past_key_values is None
-        if labels is not None and alone and isinstance(attention_mask, torch.Tensor):
+        cache = one_cache(cache, past_key_values)
+        whole = position_ids is None and cache is None
+        if labels is not None and whole and isinstance(attention_mask, torch.Tensor):
             attention_mask = self._needed_mask(attention_mask, labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             modality_ids=modality_ids,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -631,10 +616,10 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         return LavinCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def merge_modality(self, modality: str) -> PreTrainedModel:

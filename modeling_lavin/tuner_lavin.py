@@ -1,8 +1,10 @@
 """The PEFT type `MMA`: Mixture-of-Modality Adapters (LaVIN, arXiv 2305.15023, sections 3.1 and 3.2)."""
 
+import contextlib
 import math
 import os
 import re
+import threading
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -154,31 +156,31 @@ class MMAConfig(PeftConfig):
 @dataclass
 class KeptRouting:
     """
-    What serves every forward until something changes, where gradients are off.
+    What serves every forward of one [`MMARouting.keep`], where gradients are off.
 
     Attributes:
-        tensors (`list[torch.Tensor]`): the weights it was made of.
-        key (`tuple`): their state, and the choice of adapter, see [`MMARouting.key`].
         table (`torch.Tensor`, *optional*): the routing table, `(layers, 2 modalities, 2 experts)`.
         maps (`dict`): each layer's maps, see [`MMALayer.kept_maps`].
     """
 
-    tensors: list[torch.Tensor]
-    key: tuple
     table: torch.Tensor | None = None
     maps: dict = field(default_factory=dict)
+
+    def clear(self):
+        self.table = None
+        self.maps.clear()
 
 
 class MMARouting:
     """
-    Carries the routing weights of the current forward to the MMA layers of one [`LavinModel`].
+    Carries the routing weights of the current forward to the MMA layers of one [`LavinModel`]. Where several threads
+    call one model, their forwards run one after another, see [`alone`].
 
     Attributes:
         layers (`list[MMALayer]`): the adapted modules of the language model, in the order of their depth.
         weights (`dict[str, torch.Tensor]`, *optional*): of each layer, by its key, `(batch, 2)`.
         collected (`dict[str, torch.Tensor]`, *optional*): filled during the routing pass, `(2 modalities, 2 experts)`.
-        kept (`KeptRouting`, *optional*): of earlier forwards.
-        pinned (`bool`): within `generate`, where nothing changes and what is kept need not be checked.
+        kept (`KeptRouting`, *optional*): of earlier forwards of this thread, within [`keep`].
         folded (`bool`): the language model's layers are gone, folded into its maps for both modalities.
         rows (`int` or `torch.Tensor`, *optional*): for folded maps, see `rows_of`.
     """
@@ -188,9 +190,46 @@ class MMARouting:
         self.weights = None
         self.collected = None
         self.kept = None
-        self.pinned = False
         self.folded = False
         self.rows = None
+        self._by_thread, self._lock = {}, threading.RLock()
+
+    def __getstate__(self):
+        return {**vars(self), "kept": None, "_by_thread": {}, "_lock": None}  # of copies and pickles
+
+    def __setstate__(self, state: dict):
+        vars(self).update(state, _lock=threading.RLock())
+
+    @contextmanager
+    def keep(self):
+        """
+        Within it the routing table is made once. Whoever enters it says that no weight, no autocast and no other
+        adapter changes meanwhile: a fused optimiser, `functional_call` or an adapter of another type leave no trace
+        by which a table of theirs could be told from a new one. (A change of MMA adapter is seen.)
+        """
+        thread = threading.get_ident()
+        outer = self._by_thread.get(thread)
+        with self._lock:  # not while another thread is in a forward
+            self.kept = self._by_thread[thread] = outer or KeptRouting()
+        try:
+            yield
+        finally:
+            if outer is None:
+                with self._lock:
+                    del self._by_thread[thread]
+                    self.kept = None
+
+    @contextmanager
+    def alone(self):
+        """For one thread at a time: what a forward leaves here is no other thread's."""
+        with self._lock:
+            self.kept = self._by_thread.get(threading.get_ident())
+            yield
+
+    def forget(self):
+        """After a change of adapter."""
+        for kept in self._by_thread.values():
+            kept.clear()
 
     def check_not_folded(self):
         """Raises `ValueError` where the adapter is no part of its own any more."""
@@ -204,20 +243,14 @@ class MMARouting:
         self.layers.append(layer)
         self.layers.sort(key=lambda layer: [int(p) if p.isdigit() else p for p in layer.key.split(".")])
 
-    def key(self, tensors: list[torch.Tensor], embedding: nn.Module) -> tuple:
-        """What the routing table depends on. A weight that changes in place gets a new version."""
-        versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        # The embedding is a wrapper of `modules_to_save` with a choice of its own, once there is an adapter.
-        choice = [(layer.disable_adapters, layer.active_adapters) for layer in self.layers]
-        choice += [(c.scale, c.router_temperature) for layer in self.layers for c in layer.adapter_config.values()]
-        choice.append((getattr(embedding, "_disable_adapters", None), getattr(embedding, "active_adapters", None)))
-        return versions, choice
-
     def usable(self) -> KeptRouting | None:
-        """What is kept, where it may serve: compiled code cannot check it, so there only within `generate`."""
-        if torch.is_grad_enabled() or (torch.compiler.is_compiling() and not self.pinned):
-            return None
-        return self.kept
+        """What is kept, where it may serve: not where a backward may follow."""
+        return None if torch.is_grad_enabled() else self.kept
+
+
+def alone(routing: MMARouting):
+    """[`MMARouting.alone`], but for compiled code, which can hold no lock."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else routing.alone()
 
 
 class MMALinear(nn.Linear):
@@ -311,6 +344,7 @@ class MMALayer(nn.Module, BaseTunerLayer):
         With `empty` it stays on the meta device, for weights that are about to be loaded (`low_cpu_mem_usage`).
         """
         self.routing.check_not_folded()
+        self.routing.forget()
         if self.features % config.groups:
             raise ValueError(f"`groups`={config.groups} does not divide the width {self.features} of {self.key}.")
         routed = self.is_text or config.vision_router
@@ -343,10 +377,12 @@ class MMALayer(nn.Module, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool):
         self.routing.check_not_folded()
+        self.routing.forget()
         super().enable_adapters(enabled)
 
     def set_adapter(self, adapter_names, inference_mode: bool = False):
         self.routing.check_not_folded()
+        self.routing.forget()
         check_one_adapter(adapter_names)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
@@ -374,8 +410,7 @@ class MMALayer(nn.Module, BaseTunerLayer):
     def adapt_kept(self, x: torch.Tensor, kept: dict) -> torch.Tensor:
         """Where gradients are off: two products and a weighting, as every small operation counts in decoding."""
         if x.dtype not in kept:
-            with torch.inference_mode(False), torch.no_grad():
-                kept[x.dtype] = self.kept_maps(x.dtype)
+            kept[x.dtype] = self.kept_maps(x.dtype)
         down, bias, up = kept[x.dtype]
         weights = self.routing.weights[self.key].to(x)
         a = F.linear(x, down, bias).view(*x.shape[:-1], weights.shape[1], -1)
@@ -510,7 +545,6 @@ class MMAModel(BaseTuner):
         self.empty = kwargs.get("low_cpu_mem_usage", False)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         lift_to_float32(model, adapter_name)
-        find_lavin(model).routing.kept = None
 
     def _mark_only_adapters_as_trainable(self, model):
         own = [module for module in model.modules() if isinstance(module, MMALayer | ModulesToSaveWrapper)]
@@ -558,7 +592,6 @@ class MMAModel(BaseTuner):
                     setattr(parent, name, child.original_module)
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         lavin.routing.layers.clear()
-        lavin.routing.kept = None
         return model
 
     @contextmanager

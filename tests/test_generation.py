@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import TEXTS, VOCAB, batch, difference, pixels, row, tiny_lavin
-from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from lavin.cache_lavin import carry_modality
 
@@ -237,65 +237,3 @@ def test_logits_processors_cope_with_the_image_token(text, processor):
     got = model.generate(**inputs, **{"do_sample": False, **processor}, max_new_tokens=NEW)
     assert got.shape[1] > inputs["input_ids"].shape[1]
     assert (got[:, inputs["input_ids"].shape[1] :] < VOCAB).all()
-
-
-# What generate costs and leaves behind
-
-
-def test_generate_makes_the_table_once_and_checks_it_once(monkeypatch):
-    model = tiny_lavin()
-    made, checked = [], []
-    lavin, routing = type(model.model), type(model.model.routing)
-    table, key = lavin.routing_table, routing.key
-    monkeypatch.setattr(lavin, "routing_table", lambda self: made.append(1) or table(self))
-    monkeypatch.setattr(routing, "key", lambda self, *a: checked.append(1) or key(self, *a))
-    inputs = batch(model.config, (1, 0))
-    greedy(model, new=10, **inputs)
-    greedy(model, new=10, **inputs)
-    assert len(made) == 1 and len(checked) <= 3
-    assert not model.model.routing.pinned
-    before = greedy(model, new=10, **inputs)
-    with torch.no_grad():
-        for layer in model.model.routing.layers:
-            layer.adapter_up["mma"].bias.mul_(-5)
-    assert not torch.equal(greedy(model, new=10, **inputs), before)
-    assert torch.equal(greedy(model, new=4, **inputs)[:, -4:], slow_greedy(model, new=4, **inputs))
-
-
-def test_generate_in_inference_mode_then_train():
-    model = tiny_lavin()
-    inputs = batch(model.config, (1, 0))
-    with torch.inference_mode():
-        greedy(model, **inputs)
-    assert not model.model.routing.kept.table.is_inference()
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
-    for mode in (False, True):
-        model.train(mode)(**inputs, labels=labels).loss.backward()
-
-
-def test_an_error_in_generate_unpins_the_routing(model):
-    with pytest.raises(ValueError):
-        model.generate(row(model.config, 1)[None], max_new_tokens=2)  # its image is missing
-    assert not model.model.routing.pinned and model.model.routing.weights is None
-
-
-@pytest.mark.slow
-def test_generate_with_a_compiled_step_uses_the_kept_table(monkeypatch):
-    """On GPUs `generate` compiles its steps over a static cache by itself; here it is made to, on CPU."""
-    model = tiny_lavin()
-    torch._dynamo.reset()
-    inputs = batch(model.config, (1,))
-    expected = slow_greedy(model, **inputs)
-    made = []
-    table = type(model.model).routing_table
-    monkeypatch.setattr(type(model.model), "routing_table", lambda self: made.append(1) or table(self))
-    model.model.routing.kept = None
-    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
-    config._compile_all_devices = True
-    got = greedy(model, **inputs, cache_implementation="static", compile_config=config)
-    assert_answers(got, inputs, expected)
-    assert made == [1]  # the compiled step has no routing pass in its graph
-    with torch.no_grad():
-        model.model.modality_embedding.modules_to_save["mma"].weight.mul_(-3)
-    expected = slow_greedy(model, **inputs)
-    assert_answers(greedy(model, **inputs, cache_implementation="static", compile_config=config), inputs, expected)

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lavin.cache_lavin import CACHE
+
 from .answer import AnswerText
 
 
@@ -105,7 +107,7 @@ class RowBatch:
             pixel_values=pixel_values,
             attention_mask=self.mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -204,7 +206,7 @@ def check_cache(model):
     text = model.config.get_text_config()
     ids = torch.tensor([[0 if model.config.image_token_id != 0 else 1] * 2], device=model.device)
     with torch.inference_mode():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = getattr(model(input_ids=ids, use_cache=True), CACHE)
     layers = getattr(cache, "layers", [])
     kinds = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
     kinds |= {kind for kind in getattr(text, "layer_types", None) or [] if kind.startswith("chunked")}

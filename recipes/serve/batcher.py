@@ -51,16 +51,6 @@ class Batcher:
         self.stop_at = None  # time.monotonic() at which running rows are given up
         self.thread = None
         self.steps = self.generated = self.failures = 0
-        self._pin_routing()
-
-    @torch.inference_mode()
-    def _pin_routing(self):
-        """As within `generate`: the weights do not change, so what is kept of them need not be checked each step."""
-        model, routing = self.model.model, self.model.model.routing
-        model._refresh_kept()
-        if routing.active_layers():
-            model._table()
-        routing.pinned = True
 
     @property
     def running(self) -> int:
@@ -104,18 +94,22 @@ class Batcher:
             self.thread.join(timeout)
 
     def _work(self):
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.batch or self.closed)
-                if self.stop_at is not None and time.monotonic() > self.stop_at:
-                    self.closed = True
-            if self.closed:
-                self._fail(self._all(), Failed(503, CLOSED))
-                return
-            try:
-                self.step()
-            except Exception as error:  # not of the model: of this file. The server lives on all the same.
-                self._fail(self._all(), self._reason(error))
+        with torch.inference_mode(), self.model.keep_routing():
+            while not self.closed:
+                self._wait_and_step()
+        self._fail(self._all(), Failed(503, CLOSED))
+
+    def _wait_and_step(self):
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting or self.batch or self.closed)
+            if self.stop_at is not None and time.monotonic() > self.stop_at:
+                self.closed = True
+        if self.closed:
+            return
+        try:
+            self.step()
+        except Exception as error:  # not of the model: of this file. The server lives on all the same.
+            self._fail(self._all(), self._reason(error))
 
     def _all(self) -> list[Row]:
         """Takes every row out of the batcher."""
