@@ -39,6 +39,7 @@ from .trainable_lavin import (
     trained_names,
 )
 from .tuner_lavin import MMAConfig, adapter_tensors, check_not_diverged, find_lavin, lift_to_float32
+from .versions_lavin import check_versions
 
 
 logger = logging.get_logger(__name__)
@@ -106,6 +107,7 @@ class LavinFolderMixin(LavinAdapterMixin):
                 config of PEFT's, or comes with another way to train.
         """
         name = pretrained_model_name_or_path
+        check_versions()
         _check_ways(mma, trainable, peft, kwargs)
         if name is None:
             return super().from_pretrained(None, *model_args, **kwargs)

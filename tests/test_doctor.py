@@ -331,7 +331,10 @@ def test_versions_are_compared_with_what_lavin_declares(monkeypatch):
     assert FAIL not in {line.status for line in versions.check_versions()}
     lines = fake_versions(monkeypatch, transformers="4.57.0", peft=None, trl="0.9.0", bitsandbytes=None)
     declared = [text for text in importlib.metadata.requires("lavin") if text.startswith("transformers")]
-    assert lines["transformers"].status == FAIL and f'`pip install "{declared[0]}"`' in lines["transformers"].do
+    assert (
+        lines["transformers"].status == FAIL
+        and f'`pip install -c constraints.txt "{declared[0]}"`' in lines["transformers"].do
+    )
     assert lines["peft"].status == FAIL and lines["peft"].found == "not installed"
     assert lines["trl"].status == FAIL and "trl" in lines["trl"].do
     assert lines["extra gpu"].status == SKIP and "not installed: bitsandbytes" in lines["extra gpu"].found

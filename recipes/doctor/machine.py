@@ -48,18 +48,32 @@ def machine_checks(stack: contextlib.ExitStack) -> list[Check]:
     }
     return [
         Check(
-            "versions", check_versions, "Install LaVIN with pip (`pip install -e .`): the ranges are read from there."
+            "versions",
+            check_versions,
+            "Install LaVIN with pip (`pip install -c constraints.txt -e .`): the ranges are read from there.",
         ),
         *(Check(name, step, report) for name, step in steps.items()),
         Check("GPU", check_gpu, "Does `nvidia-smi` run, and does its driver fit this build of PyTorch?"),
         Check("bf16", partial(check_bf16, tiny), "Train with `--bf16 false --dtype float32`, and report it."),
         Check("flash attention", partial(check_flash, tiny), FLASH_AGAIN),
-        Check("4-bit", partial(check_4bit, tiny), "`pip install -U bitsandbytes`, or train without `load_in_4bit`."),
-        Check("DeepSpeed", check_deepspeed, "`pip install -U deepspeed`, or uninstall it: only ZeRO needs it."),
+        Check(
+            "4-bit",
+            partial(check_4bit, tiny),
+            "`pip install -c constraints.txt -U bitsandbytes`, or train without `load_in_4bit`.",
+        ),
+        Check(
+            "DeepSpeed",
+            check_deepspeed,
+            "`pip install -c constraints.txt -U deepspeed`, or uninstall it: only ZeRO needs it.",
+        ),
         Check("cache", check_cache, "Name a folder that can be written: `export HF_HOME=DIR`."),
         Check("disk", check_disk, "Work in a folder that can be written."),
         Check("Hub", partial(check_hub, hub), "Set HF_HUB_OFFLINE=1 to work with what is in the cache."),
-        Check("trl sft", partial(check_trl, trl), "`pip install -U --force-reinstall trl`, without other changes."),
+        Check(
+            "trl sft",
+            partial(check_trl, trl),
+            "`pip install -c constraints.txt --force-reinstall trl`, without other changes.",
+        ),
     ]
 
 
@@ -140,7 +154,9 @@ def check_flash(tiny: Tiny) -> Iterator[Line]:
 
 def check_4bit(tiny: Tiny) -> Iterator[Line]:
     if find_spec("bitsandbytes") is None:
-        yield Line(SKIP, "4-bit", 'bitsandbytes is not installed (`pip install -e ".[gpu]"` brings it)')
+        yield Line(
+            SKIP, "4-bit", 'bitsandbytes is not installed (`pip install -c constraints.txt -e ".[gpu]"` brings it)'
+        )
         return
     import bitsandbytes
 
@@ -158,7 +174,11 @@ def check_4bit(tiny: Tiny) -> Iterator[Line]:
 
 def check_deepspeed() -> Iterator[Line]:
     if find_spec("deepspeed") is None:
-        yield Line(SKIP, "DeepSpeed", 'not installed (`pip install -e ".[gpu]"` brings it); only ZeRO needs it')
+        yield Line(
+            SKIP,
+            "DeepSpeed",
+            'not installed (`pip install -c constraints.txt -e ".[gpu]"` brings it); only ZeRO needs it',
+        )
         return
     deepspeed = importlib.import_module("deepspeed")
     missing = [] if find_spec("ninja") or shutil.which("ninja") else ["ninja"]

@@ -55,7 +55,7 @@ class TrlLook:
 
 def check_trl(trl: TrlLook) -> Iterator[Line]:
     if find_spec("trl") is None:
-        yield Line(SKIP, "trl sft", 'TRL is not installed (`pip install -e ".[train]"` brings it)')
+        yield Line(SKIP, "trl sft", 'TRL is not installed (`pip install -c constraints.txt -e ".[train]"` brings it)')
         return
     command = Path(sys.executable).with_name("trl")
     if not command.exists():

@@ -52,7 +52,10 @@ def _compare(requirement: Requirement, version: str) -> Line:
 
 
 def _install(requirement: Requirement) -> str:
-    return f'`pip install "{requirement.name}{requirement.specifier}"` in this environment.'
+    return (
+        f'`pip install -c constraints.txt "{requirement.name}{requirement.specifier}"` in this environment '
+        "(constraints.txt, in LaVIN's repository, has the versions that are tested together)."
+    )
 
 
 def _declared() -> metadata.Distribution:
