@@ -2,7 +2,7 @@
 The test suite on the oldest and on the newest transformers, TRL, PEFT and huggingface_hub: `make compat`.
 
 The oldest are the lower limits in `pyproject.toml`, for the Python that runs this; the newest are what the package
-index gives within its limits. Everything else comes from `constraints.txt`. Each gets an environment of its own, in
+index gives within its limits, torch among them. Everything else comes from `constraints.txt`. Each gets an environment of its own, in
 which the tests run; the table at the end is the one in the README.
 """
 
@@ -43,7 +43,8 @@ def pins(which: str) -> list[str]:
     """Lines of a constraints file: those of `constraints.txt` for everything else, and the oldest where asked."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     # transformers says which tokenizers it takes.
-    lines = [line for line in lines if Requirement(line).name not in (*PACKAGES, "tokenizers")]
+    free = {*PACKAGES, "tokenizers"} | ({"torch"} if which == "newest" else set())
+    lines = [line for line in lines if Requirement(line).name not in free]
     if which == "oldest":
         lines += [f"{name}=={floor(requirement)}" for name, requirement in declared().items()]
     return lines
@@ -55,7 +56,7 @@ def make_environment(which: str, folder: Path) -> Path:
     constraints.write_text("\n".join(pins(which)) + "\n", encoding="utf-8")
     if not python.exists():
         venv.create(folder / which, with_pip=True)
-    install = [python, "-m", "pip", "install", "--upgrade", "-c", constraints, "-e", f"{ROOT}[dev]", *PACKAGES]
+    install = [python, "-m", "pip", "install", "--upgrade", "-c", constraints, "-e", f"{ROOT}[dev]", "torch", *PACKAGES]
     subprocess.run([*map(str, install)], check=True)
     return python
 
