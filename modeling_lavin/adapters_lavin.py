@@ -75,7 +75,7 @@ class LavinAdapterMixin:
         Raises:
             `ValueError`: if there is no adapter, or none of that name.
         """
-        if not getattr(self, "peft_config", None):
+        if not self._hf_peft_config_loaded:
             raise ValueError("No adapter loaded. Please load an adapter first.")
         unknown = [name for name in ([names] if isinstance(names, str) else names) if name not in self.peft_config]
         if unknown:
