@@ -66,7 +66,8 @@ class LavinConfig(PreTrainedConfig):
     model_type = "lavin"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     has_no_defaults_at_init = False
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What `Trainer.predict` cannot put together: of a mixed batch each has rows or lengths of its own.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "hidden_states", "attentions", "image_hidden_states"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
