@@ -18,7 +18,8 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft import __version__ as peft_version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
@@ -63,6 +64,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_lavin.LavinForConditionalGeneration",
     "AutoProcessor": "processing_lavin.LavinProcessor",
 }
+MARK = {"format": "pt", "adapter": f"in {ADAPTER_NAME}/; this file has no tensors"}
 BASE_KEY = "base_model.model."  # PEFT writes adapter keys as a PeftModel names them
 
 
@@ -260,7 +262,8 @@ class LavinFolderMixin(LavinAdapterMixin):
         repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
         upload = {key: kwargs.pop(key) for key in ("private", "commit_message") if key in kwargs}
         check_output_folder(save_directory)
-        adapters, config = getattr(self, "peft_config", {}), self.config
+        config, adapters = self.config, getattr(self, "peft_config", {})
+        adapters = {name: adapter for name, adapter in adapters.items() if not hasattr(adapter, "copy_of")}
         others = [f"{name} ({adapter.peft_type.value})" for name, adapter in adapters.items() if not _is_mma(adapter)]
         if others:
             raise ValueError(
@@ -469,6 +472,20 @@ class LavinFolderMixin(LavinAdapterMixin):
             self.eval()
 
 
+class Adapters(dict):
+    """
+    Adapters by name. TRL's preference trainers ask for `"default"`, PEFT's usual name for what is trained, to add a
+    copy of it as their reference: they get the config of such a copy.
+    """
+
+    def __missing__(self, name):
+        if name != "default" or ADAPTER_NAME not in self:
+            raise KeyError(name)
+        config = copy.copy(self[ADAPTER_NAME])
+        config.copy_of = ADAPTER_NAME
+        return config
+
+
 class LavinPeftModel(PeftModel):
     """
     A LaVIN whose adapter is ready to train. Saving writes a complete adapter repository (config, code, `mma/`, card),
@@ -479,16 +496,74 @@ class LavinPeftModel(PeftModel):
     # hardly move. (`is_quantized`, which Trainer asks for, stays what it is.)
     is_loaded_in_4bit = is_loaded_in_8bit = False
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.peft_config = self.get_base_model().peft_config = Adapters(self.peft_config)
+
+    def add_adapter(self, adapter_name: str, peft_config, **kwargs):
+        """As in PEFT. The reference of TRL's preference trainers starts with the weights of what is trained."""
+        super().add_adapter(adapter_name, peft_config, **kwargs)
+        if source := getattr(peft_config, "copy_of", None):
+            set_adapter_weights(self, adapter_tensors(self, source), adapter_name)
+
+    def load_adapter(self, model_id, adapter_name: str = ADAPTER_NAME, is_trainable: bool = False, **kwargs):
+        """
+        As in PEFT, of a LaVIN folder the adapter in its `mma/`. One that is there gets other weights; names, shapes
+        and settings are compared before anything changes.
+        """
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        folder = kwargs.get("subfolder")
+        if folder is None:
+            folder = ADAPTER_NAME if find_file(model_id, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) else ""
+        result = torch.nn.modules.module._IncompatibleKeys([], [])
+        is_new = adapter_name not in self.peft_config
+        if is_new and adapter_name == "default" and _is_marked(model_id):
+            return result  # Trainer, which goes on from a checkpoint, and loads `mma/` next
+        config, weights = _stored_config(model_id, folder, hub), _adapter_weights(model_id, folder, hub)
+        if not _is_mma(config):
+            raise ValueError(f"{model_id} holds a {config.peft_type.value} adapter: beside MMA, train on its own.")
+        config.inference_mode = not is_trainable
+        if is_new:
+            self.add_adapter(adapter_name, config)
+            self.set_requires_grad(adapter_name, is_trainable)
+        own = self.peft_config[adapter_name]
+        for key in ("scale", "router_temperature"):  # others show in names and shapes
+            if getattr(config, key) != getattr(own, key):
+                raise ValueError(
+                    f"The adapter in {model_id} was trained with `{key}` {getattr(config, key)}, and {adapter_name!r} "
+                    f"has {getattr(own, key)}: load it under another name, or start with its own settings."
+                )
+        try:
+            set_adapter_weights(self, weights, adapter_name)
+        except ValueError:
+            if is_new:
+                self.delete_adapter(adapter_name)
+            raise
+        if not is_trainable:
+            self.eval()
+        return result
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, full=None, **kwargs):
         full = False if full is None and _can_be_light(self.get_base_model()) else full
         kwargs = {key: value for key, value in kwargs.items() if key in ("push_to_hub", "repo_id", "token", "private")}
         self.get_base_model().save_pretrained(
             save_directory, full=full, is_main_process=is_main_process, state_dict=state_dict, **kwargs
         )
+        if is_main_process and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
+            # Where there is a file of this name, Trainer has `load_adapter` load the best checkpoint at the end.
+            save_file({}, Path(save_directory, ADAPTER_WEIGHTS), metadata=MARK)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         kwargs.setdefault("full", False)
         return self.get_base_model().push_to_hub(repo_id, **kwargs)
+
+
+def _is_marked(folder) -> bool:
+    file = Path(folder, ADAPTER_WEIGHTS)
+    if not file.is_file():
+        return False
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() == MARK
 
 
 def _active_adapter(model) -> str | None:
