@@ -54,8 +54,11 @@ def rows(tmp_path_factory):
     return file
 
 
-def sft(folder: Path, output: Path, rows: Path, accelerate: dict | None = None, env: dict | None = None, **settings):
-    """Runs the real `trl sft` from a YAML and returns its log history."""
+def sft(
+    folder: Path, output: Path, rows: Path, accelerate: dict | None = None, env: dict | None = None, script="sft",
+    **settings,
+):  # fmt: skip
+    """Runs the real `trl sft`, or another of its scripts, from a YAML and returns its log history."""
     config = {
         "model_name_or_path": str(folder),
         "trust_remote_code": True,
@@ -71,14 +74,15 @@ def sft(folder: Path, output: Path, rows: Path, accelerate: dict | None = None, 
         "per_device_train_batch_size": 4,
         "learning_rate": 0.01,
         "logging_steps": 1,
-        "shuffle_dataset": False,
+        **({"shuffle_dataset": False} if script == "sft" else {}),
         "logging_nan_inf_filter": False,
         "report_to": "none",
         **settings,
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "sft.yaml").write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).with_name("trl")), "sft", "--config", str(output / "sft.yaml")]
+    recipe = output / f"{script}.yaml"
+    recipe.write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("trl")), script, "--config", str(recipe)]
     if accelerate is not None:
         (output / "accelerate.yaml").write_text(yaml.safe_dump(accelerate))
         command += ["--accelerate_config", str(output / "accelerate.yaml")]
