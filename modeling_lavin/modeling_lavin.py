@@ -365,7 +365,7 @@ class LavinModel(LavinPreTrainedModel):
         if images is None and pixel_values is not None and pixel_values.shape[0] > 0:
             images = self.get_image_features(pixel_values, return_dict=True)
         features = None if images is None else flat_features(images)
-        unused = self._unused_features() if images is None else None
+        unused = self._unused_features(past_key_values) if images is None else None
         has_image = None
         if inputs_embeds is None:
             is_image = input_ids == self.config.image_token_id
@@ -450,23 +450,25 @@ class LavinModel(LavinPreTrainedModel):
             "`processor.num_image_tokens = model.config.num_image_tokens`."
         )
 
-    def _unused_features(self) -> torch.Tensor | None:
+    def _unused_features(self, cache) -> torch.Tensor | None:
         """
         For training on a batch without images: something of all that is trained on the way of an image, so that it
         gets a gradient of zeros. With none at all AdamW would pass it over instead of following its momentum, and a
         run would depend on how its rows are laid out.
 
         In distributed training every rank must run the same modules in the same order as well (ZeRO hangs or crashes
-        otherwise): a rank without an image runs the vision tower on an empty one, before anything else. None outside
-        training.
+        otherwise; ZeRO-3 without gradients too, in evaluation or for a reference): a rank without an image runs the
+        vision tower on an empty one, before anything else. None elsewhere.
         """
-        if not (self.training and torch.is_grad_enabled()):
-            return None
+        trains = self.training and torch.is_grad_enabled()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                shape = (1, *self.config.image_shape)
-                image = torch.zeros(shape, device=next(self.vision_tower.parameters()).device)
+            first = next(self.vision_tower.parameters())
+            alike = trains or (hasattr(first, "ds_id") and (cache is None or cache.get_seq_length() == 0))
+            if alike and torch.distributed.get_world_size() > 1:
+                image = torch.zeros((1, *self.config.image_shape), device=first.device)
                 return self.get_image_features(image, return_dict=True).pooler_output
+        if not trains:
+            return None
         parameters = [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]
         # ZeRO-3 gathers a partitioned weight only inside its own module.
         trained = [p.flatten()[:1] for p in parameters if p.requires_grad and not hasattr(p, "ds_id")]
