@@ -1,6 +1,5 @@
 """TRL's preference trainers, unmodified, on a LaVIN: the reference is the model as it was at the start."""
 
-import json
 import math
 import os
 
