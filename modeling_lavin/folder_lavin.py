@@ -744,8 +744,8 @@ def _trainable_config(mma: dict, stored: MMAConfig | None, name) -> MMAConfig:
         raise ValueError(f"`mma` has no field {', '.join(unknown)}; it knows {', '.join(sorted(known))}.")
     if stored is None:
         return MMAConfig(**mma)
-    asked = MMAConfig(**{**stored.to_dict(), **mma, "peft_type": None, "peft_version": None}).to_dict()
-    other = {key: (stored.to_dict()[key], asked[key]) for key in mma if stored.to_dict()[key] != asked[key]}
+    asked = MMAConfig(**{**stored.to_dict(), **mma, "peft_type": None, "peft_version": None})
+    other = {key: pair for key in mma if (pair := (getattr(stored, key), getattr(asked, key)))[0] != pair[1]}
     if other:
         listed = ", ".join(f"{key}: stored {a!r}, asked {b!r}" for key, (a, b) in other.items())
         raise ValueError(

@@ -84,6 +84,10 @@ class MMAConfig(PeftConfig):
     init_seed: int = field(
         default=0, metadata={"help": "Seed of the initial weights, independent of torch's global generator."}
     )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start as the identity. False, as in PEFT's other types: all maps are random, for tests."},
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules trained and saved whole. The projector and the modality embedding always are."},
@@ -140,6 +144,8 @@ class MMAConfig(PeftConfig):
             values["base_model_name_or_path"] = None
         if "transformers_modules" in str(values.get("auto_mapping")):
             values["auto_mapping"] = None
+        if values["init_weights"]:  # a LaVIN from before this field refuses what it does not know, unless it is false
+            del values["init_weights"]
         return values
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -357,11 +363,14 @@ class MMALayer(nn.Module, BaseTunerLayer):
         if routed:
             self.adapter_router[adapter_name] = MMALinear(self.features, 2, **made)
         if device.type != "meta":
-            self.reset_parameters(adapter_name, config.init_seed)
+            self.reset_parameters(adapter_name, config.init_seed, config.init_weights)
 
     @torch.no_grad()
-    def reset_parameters(self, adapter_name: str, seed: int):
-        """A is Xavier-uniform, the router as torch's Linear, everything else zero: it starts as the identity."""
+    def reset_parameters(self, adapter_name: str, seed: int, as_identity: bool = True):
+        """
+        A is Xavier-uniform, the router as torch's Linear, everything else zero: it starts as the identity. Or all of
+        it as torch's own maps.
+        """
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.key}".encode()))
 
         def draw(parameter, bound):
@@ -374,6 +383,10 @@ class MMALayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.adapter_router:
             for parameter in self.adapter_router[adapter_name].parameters():
                 draw(parameter, 1 / math.sqrt(self.features))
+        if not as_identity:
+            draw(down.bias, 1 / math.sqrt(self.features))
+            for parameter in (up.weight, up.bias):
+                draw(parameter, 1 / math.sqrt(up.weight.shape[-1]))
 
     def enable_adapters(self, enabled: bool):
         self.routing.check_not_folded()

@@ -1,4 +1,4 @@
-"""`load_best_model_at_end`: what a run leaves is its best checkpoint, whatever is trained, and runs go on as before."""
+"""`load_best_model_at_end`: a run leaves its best checkpoint, whatever is trained, and goes on as before."""
 
 import logging
 import shutil
@@ -86,7 +86,7 @@ def test_trl_sft_takes_the_best(light, rows, tmp_path):
         (tmp_path / "data").mkdir(exist_ok=True)
         shutil.copy(rows, tmp_path / "data" / f"{split}.parquet")
     run = tmp_path / "run"
-    sft(light, run, rows, datasets=None, dataset_name=str(tmp_path / "data"), **BEST_IS_FIRST)
+    sft(light, run, rows, datasets=[], dataset_name=str(tmp_path / "data"), **BEST_IS_FIRST)
     assert distance(run, run / "checkpoint-1") == 0 < distance(run, run / "checkpoint-3")
 
 

@@ -264,3 +264,20 @@ def test_get_base_model_state_dict(base):
     result = set_base_model_state_dict(model, state, strict=False)
     assert not result.missing_keys and not result.unexpected_keys
     assert_same_weights(get_base_model_state_dict(model), state)
+
+
+def test_init_weights(base, tmp_path):
+    """False gives an adapter that is not the identity, from a generator of its own; the default is not written."""
+    inputs, expected = batch(base.config, (1, 0)), logits(base, **batch(base.config, (1, 0)))
+    models = [get_peft_model(copy.deepcopy(base), MMAConfig(init_weights=False)).eval() for _ in range(2)]
+    assert_same_weights(weights(models[0]), weights(models[1]))
+    assert difference(logits(models[0], **inputs), expected) > 1e-2
+    assert all(value.any() for key, value in weights(models[0]).items() if "adapter_" in key)
+    other = get_peft_model(copy.deepcopy(base), MMAConfig(init_weights=False, init_seed=1))
+    assert any(not torch.equal(value, weights(models[0])[key]) for key, value in weights(other).items())
+    assert torch.equal(logits(get_peft_model(copy.deepcopy(base), MMAConfig()).eval(), **inputs), expected)
+    for init_weights in (True, False):
+        MMAConfig(init_weights=init_weights).save_pretrained(tmp_path)
+        stored = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert stored.get("init_weights", True) == init_weights and ("init_weights" in stored) != init_weights
+        assert PeftConfig.from_pretrained(tmp_path).init_weights == init_weights

@@ -191,7 +191,6 @@ def test_defaults_are_trls(worker, tmp_path):
         ({"use_peft": True}, "use_peft"),
         ({"packing": True}, "packing"),
         ({"padding_free": True}, "padding_free"),
-        ({"load_best_model_at_end": True}, "metric_for_best_model"),
     ],
 )
 def test_settings_that_would_go_wrong_are_refused(change, match):

@@ -58,13 +58,6 @@ def check_options(settings: Settings) -> list[str]:
         raise ValueError("`use_peft` puts LoRA on top of the adapter: remove it, and `lora_*` with it.")
     if settings["packing"] or settings["padding_free"] or settings["eval_packing"]:
         raise ValueError("LaVIN takes one row per sequence: remove `packing`, `eval_packing` and `padding_free`.")
-    if settings["load_best_model_at_end"]:
-        raise ValueError(
-            "`load_best_model_at_end` looks for the adapter at the root of a checkpoint only, where it is not, and "
-            "would keep the last weights. Set `metric_for_best_model: eval_loss` and `greater_is_better: false` "
-            "instead: trainer_state.json then names the best checkpoint, `save_total_limit` keeps it, and it is a "
-            "complete LaVIN folder to load or upload."
-        )
     if (settings["load_in_4bit"] or settings["load_in_8bit"]) and find_spec("bitsandbytes") is None:
         raise ValueError('`load_in_4bit` and `load_in_8bit` need bitsandbytes: `pip install -e ".[gpu]"`.')
     if settings.deepspeed and find_spec("deepspeed") is None:

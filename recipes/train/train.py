@@ -249,7 +249,10 @@ def choose_checkpoint(settings: Settings, steps: int) -> tuple[Path | None, bool
     if broken:
         _say(f"Going on from the one before it, {whole}.")
     _check_layout(whole, settings)
-    return whole, read_state(whole)["global_step"] >= steps and same_weights(whole, output)
+    state, kept = read_state(whole), whole
+    if settings["load_best_model_at_end"] and state.get("best_model_checkpoint"):
+        kept = whole.with_name(Path(state["best_model_checkpoint"]).name)
+    return whole, state["global_step"] >= steps and same_weights(kept, output)
 
 
 def _check_layout(checkpoint: Path, settings: Settings):
@@ -316,7 +319,7 @@ def _after_success(settings: Settings) -> int:
     _say(f"\n{what}. {said}\n{_ask(output)}")
     last, _ = last_whole(output, settings.processes)
     if last and (best := read_state(last).get("best_model_checkpoint")):
-        _say(f"The best checkpoint by {settings['metric_for_best_model']}: {best}")
+        _say(f"The best checkpoint by {settings['metric_for_best_model'] or 'loss'}: {best}")
     return 0
 
 

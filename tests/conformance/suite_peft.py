@@ -2,7 +2,6 @@
 
 import inspect
 import tempfile
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -40,15 +39,6 @@ def label(value):
     return value.removeprefix("_") if isinstance(value, str) else "-".join(map(str, value.values()))
 
 
-@torch.no_grad()
-def fill(model):
-    """A new MMA adapter is the identity; LoRA's `init_lora_weights=False` asks for one that is not."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if ".adapter_up." in name:
-            parameter.add_(torch.empty(parameter.shape).normal_(std=0.2, generator=generator).to(parameter))
-
-
 class Adapter(common.PeftCommonTester):
     def prepare_inputs_for_testing(self):
         torch.manual_seed(0)
@@ -70,22 +60,15 @@ class Adapter(common.PeftCommonTester):
     @pytest.mark.parametrize("check, extra", CHECKS, ids=label)
     def test(self, model_id, check, extra):
         type(self).transformers_class = self.model_tester_class.causal_lm_class
-        self.check, get_peft_model = check, common.get_peft_model
-
-        def filled(*args, **kwargs):
-            model = get_peft_model(*args, **kwargs)
-            fill(model)
-            return model
-
-        with patch.object(common, "get_peft_model", filled):
-            getattr(self, check)(
-                model_id=model_id, config_cls=self.config_class, config_kwargs=dict(self.config_kwargs), **extra
-            )
+        self.check = check
+        getattr(self, check)(
+            model_id=model_id, config_cls=self.config_class, config_kwargs=dict(self.config_kwargs), **extra
+        )
 
 
 class TestPeftLavin(Adapter):
     model_tester_class, config_class = LavinTester, MMAConfig
-    config_kwargs = {"task_type": "CAUSAL_LM"}
+    config_kwargs = {"task_type": "CAUSAL_LM", "init_weights": False}
 
 
 class TestPeftReference(Adapter):
