@@ -365,7 +365,7 @@ class LavinModel(LavinPreTrainedModel):
         if images is None and pixel_values is not None and pixel_values.shape[0] > 0:
             images = self.get_image_features(pixel_values, return_dict=True)
         features = None if images is None else flat_features(images)
-        unused = self._unused_features(past_key_values) if images is None else None
+        unused = self._unused_features(cache) if images is None else None
         has_image = None
         if inputs_embeds is None:
             is_image = input_ids == self.config.image_token_id

@@ -2,8 +2,8 @@
 The test suite on the oldest and on the newest transformers, TRL, PEFT and huggingface_hub: `make compat`.
 
 The oldest are the lower limits in `pyproject.toml`, for the Python that runs this; the newest are what the package
-index gives within its limits, torch among them. Everything else comes from `constraints.txt`. Each gets an environment of its own, in
-which the tests run; the table at the end is the one in the README.
+index gives within its limits, torch among them. Everything else comes from `constraints.txt`. Each gets an environment
+of its own, in which the tests run; the table at the end is the one in the README.
 """
 
 import argparse
@@ -56,7 +56,8 @@ def make_environment(which: str, folder: Path) -> Path:
     constraints.write_text("\n".join(pins(which)) + "\n", encoding="utf-8")
     if not python.exists():
         venv.create(folder / which, with_pip=True)
-    install = [python, "-m", "pip", "install", "--upgrade", "-c", constraints, "-e", f"{ROOT}[dev]", "torch", *PACKAGES]
+    asked = ["-e", f"{ROOT}[dev]", "torch", *PACKAGES]
+    install = [python, "-m", "pip", "install", "--upgrade", "-c", constraints, *asked]
     subprocess.run([*map(str, install)], check=True)
     return python
 
