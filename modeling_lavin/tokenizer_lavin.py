@@ -1,9 +1,20 @@
 """The base model's tokenizer as LaVIN's text format needs it."""
 
 import json
+import logging
+import os
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
+
+
+logger = logging.getLogger(__name__)
+# What a tokenizer made of SentencePiece's file is compared with it on.
+PROBES = (
+    "BECAUSE:  The answer is B.\n\n   Two\tlines,\t\tand  it's 3.14%: {x}",
+    " ".join(f"{' ' * n}of{' ' * n}" for n in range(17)),
+    "Größe 中文 日本語 русский العربية 👍🏽 é…\u00a0x",
+)
 
 
 def without_word_start(tokenizer) -> PreTrainedTokenizerFast:
@@ -27,6 +38,7 @@ def without_word_start(tokenizer) -> PreTrainedTokenizerFast:
 
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         spec[part] = strip(spec[part])
+    spec = _as_sentencepiece(spec, tokenizer)
 
     result = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
@@ -40,6 +52,55 @@ def without_word_start(tokenizer) -> PreTrainedTokenizerFast:
     if result.pad_token in (None, result.eos_token):
         result.pad_token = _pad_token(result)
     return result
+
+
+def _as_sentencepiece(spec: dict, tokenizer) -> dict:
+    """
+    The specification of a tokenizer that was made of SentencePiece's `tokenizer.model`, its merges in that file's
+    order. A `tokenizer.json` beside it may hold others for a reason: it is mended only where that is seen to help.
+    """
+    file = str(getattr(tokenizer, "vocab_file", None))
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(model_file=file) if file.endswith(".model") else None
+    except (ImportError, RuntimeError, OSError):  # not installed, or no file of SentencePiece's
+        pieces = None
+    if pieces is None:
+        return spec
+
+    def wrong(spec):
+        ours = Tokenizer.from_str(json.dumps(spec))
+        # SentencePiece puts a space before every text, we do not.
+        return [
+            text for text in PROBES if ours.encode(" " + text, add_special_tokens=False).ids != pieces.encode(text)
+        ]
+
+    alone = not os.path.isfile(os.path.join(os.path.dirname(file), "tokenizer.json"))
+    if spec["model"]["type"] == "BPE":
+        mended = {**spec, "model": {**spec["model"], "merges": _merges_by_score(spec["model"]["merges"], pieces)}}
+        if alone or (wrong(spec) and not wrong(mended)):
+            spec = mended
+    if alone and (texts := wrong(spec)):
+        logger.warning(
+            f"The tokens made of {file} differ from SentencePiece's own, of {texts[0]!r} for example. If the language "
+            "model comes with a `tokenizer.json`, put it beside that file: it is read in its place."
+        )
+    return spec
+
+
+def _merges_by_score(merges: list, pieces) -> list:
+    """
+    The merges in SentencePiece's order: by the score of the piece that results. transformers orders them by its id,
+    but some pieces have a low id and the lowest score: two spaces would be joined before " The" is. SentencePiece
+    joins what has the same score from the left on, which is what merges that make the longer piece first do.
+    """
+    score = {}
+    for i in range(pieces.get_piece_size()):
+        if not (pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i)):  # none of these is ever merged
+            score[pieces.id_to_piece(i)] = pieces.get_score(i)
+    known = [pair for pair in merges if "".join(pair) in score]
+    return sorted(known, key=lambda pair: (-score["".join(pair)], -len("".join(pair))))
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerFast) -> str | None:

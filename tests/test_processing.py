@@ -13,7 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoProcessor, CLIPConfig, CLIPVisionConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lavin.processing_lavin import DEFAULT_CHAT_TEMPLATE, LavinProcessor
@@ -249,6 +256,95 @@ def test_words_are_those_of_the_base_tokenizer(folders):
         assert ours.convert_tokens_to_ids("<image>") == len(base)
         text = "The answer\n é is"
         assert ours.decode(ours(text, add_special_tokens=False)["input_ids"]) == text
+
+
+# Runs of spaces, tabs, line breaks, emoji and CJK between words: where the order of merges shows.
+UNITS = [
+    "The",
+    "a",
+    "answer",
+    "BECAUSE",
+    ":",
+    ".",
+    "'s",
+    " ",
+    "  ",
+    "     ",
+    "\t",
+    "\n",
+    "\n\n",
+    "👍🏽",
+    "中文",
+    "é",
+    "▁",
+    "<0x0A",
+]
+RUNS = [f"BECAUSE:{' ' * n}The{end}" for n in range(1, 40) for end in ("", " " * n, "\n" + " " * n + "x")]
+
+
+def spaced_texts() -> list[str]:
+    chosen = random.Random(0)
+    return RUNS + ["".join(chosen.choices(UNITS, k=chosen.randint(1, 14))) for _ in range(500)]
+
+
+def check_against_sentencepiece(tokenizer, file):
+    pieces = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(file))
+    texts = spaced_texts()
+    found = tokenizer([" " + text for text in texts], add_special_tokens=False).input_ids
+    assert found == pieces.encode(texts)
+
+
+def test_llama_tokens_are_those_of_sentencepiece(llama):
+    check_against_sentencepiece(llama.tokenizer, LLAMA / "tokenizer.model")
+
+
+@pytest.fixture
+def lone_model(tmp_path):
+    """A language model's folder with a `tokenizer.model` only, in which runs of spaces have LLaMA's scores."""
+    spm = pytest.importorskip("sentencepiece")
+    model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    lines = [line for file in sorted(ROOT.glob("recipes/*.py")) for line in file.read_text("utf-8").splitlines()]
+    (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=900, minloglevel=2,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+    )  # fmt: skip
+    model = model_pb2.ModelProto()
+    model.ParseFromString((tmp_path / "tokenizer.model").read_bytes())
+    runs = [piece for piece in model.pieces if set(piece.piece) == {"▁"}]
+    assert len(runs) > 3
+    for piece in runs:
+        piece.score = -1e9
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    return tmp_path
+
+
+def test_lone_sentencepiece_model_with_runs_of_spaces_last(folders, lone_model, caplog):
+    """transformers puts the merge of two spaces first; alone, or in the `tokenizer.json` that it writes beside it."""
+    base = AutoTokenizer.from_pretrained(lone_model)
+    ours = LavinProcessor.from_vision_text_pretrained(folders / "vision", lone_model).tokenizer
+    check_against_sentencepiece(ours, lone_model / "tokenizer.model")
+    base.save_pretrained(lone_model)
+    assert (lone_model / "tokenizer.json").is_file()
+    again = LavinProcessor.from_vision_text_pretrained(folders / "vision", lone_model).tokenizer
+    check_against_sentencepiece(again, lone_model / "tokenizer.model")
+    assert "differ from SentencePiece's" not in caplog.text
+    ours.save_pretrained(lone_model / "ours")
+    check_against_sentencepiece(AutoTokenizer.from_pretrained(lone_model / "ours"), lone_model / "tokenizer.model")
+
+
+def test_sentencepiece_model_that_cannot_be_followed_is_named(folders, lone_model, caplog):
+    from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+    model = model_pb2.ModelProto()
+    model.ParseFromString((lone_model / "tokenizer.model").read_bytes())
+    model.normalizer_spec.remove_extra_whitespaces = True  # which transformers leaves out
+    (lone_model / "tokenizer.model").write_bytes(model.SerializeToString())
+    with caplog.at_level("WARNING"):
+        LavinProcessor.from_vision_text_pretrained(folders / "vision", lone_model)
+    assert "differ from SentencePiece's own" in caplog.text and "tokenizer.json" in caplog.text
 
 
 # ---- the template
