@@ -1,6 +1,7 @@
 """Text and images to tensors: LaVIN's text format as a chat template, its image preprocessing, its checks."""
 
 import re
+from itertools import groupby
 
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoTokenizer
@@ -20,7 +21,8 @@ from .tokenizer_lavin import without_word_start
 #
 # Beyond the format: a system message is a line before "Image:"; a later user turn has the "Image:" header only if it
 # brings images (a longer conversation begins with the shorter one's ids); an answer follows "Response:", appended as a
-# line where the user's text does not end with it already; assistant messages in a row are one answer.
+# line where the user's text does not end with it already; assistant messages in a row are one answer. The template
+# writes parts in their order; `LavinProcessor.image_order` says which order that is.
 DEFAULT_CHAT_TEMPLATE = """\
 {#- One message's parts in their order. A text or image that follows another kind begins with a space. -#}
 {%- macro render(content, last) -%}
@@ -81,6 +83,10 @@ class LavinProcessor(ProcessorMixin):
             inside the content of a chat message it is text like any other and reaches the model as `"<image >"`.
         chat_template (`str`, *optional*):
             Jinja template of a conversation; [`~LavinProcessor.from_vision_text_pretrained`] gives LaVIN's own.
+        image_order (`str`, *optional*, defaults to `"first"`):
+            Where the images of a turn stand. `"first"`: before its text, in their order, wherever the messages have
+            them: the only order that the released format knows. `"interleaved"`: where the messages have them, for a
+            model that is trained so. Training, evaluation and serving read it from the processor.
 
     Images are passed as one list per row (`[[image, image], [], [image]]`), or as a flat list where that is
     unambiguous. Batches are padded on the left unless `padding_side` says otherwise.
@@ -109,8 +115,11 @@ class LavinProcessor(ProcessorMixin):
         num_image_tokens: int | None = None,
         image_token: str = "<image>",
         chat_template=None,
+        image_order: str = "first",
         **kwargs,
     ):
+        if image_order not in ("first", "interleaved"):
+            raise ValueError(f'`image_order` must be "first" or "interleaved", got {image_order!r}.')
         if num_image_tokens is None:
             raise ValueError("Pass `num_image_tokens`: the model's `config.num_image_tokens`.")
         if num_image_tokens < 1:
@@ -127,6 +136,7 @@ class LavinProcessor(ProcessorMixin):
         if "padding_side" not in tokenizer.init_kwargs:  # nobody has chosen one: the side that generation needs
             tokenizer.padding_side = "left"
         self.num_image_tokens = num_image_tokens
+        self.image_order = image_order
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
 
@@ -142,6 +152,7 @@ class LavinProcessor(ProcessorMixin):
         vision_revision: str | None = None,
         text_revision: str | None = None,
         image_size: int | None = None,
+        image_order: str = "first",
         **kwargs,
     ) -> "LavinProcessor":
         r"""
@@ -159,6 +170,7 @@ class LavinProcessor(ProcessorMixin):
             vision_revision, text_revision (`str`, *optional*): Default to `revision` among the `kwargs`.
             image_size (`int`, *optional*):
                 Pixels on each side of an image, the model's `config.image_size`; defaults to the vision tower's.
+            image_order (`str`, *optional*, defaults to `"first"`): `"first"` or `"interleaved"`, see above.
             kwargs: For `from_pretrained` of configuration and tokenizer (`token`, `cache_dir`, ...).
         """
         revision = kwargs.pop("revision", None) or "main"
@@ -187,6 +199,7 @@ class LavinProcessor(ProcessorMixin):
             num_image_tokens=num_image_tokens,
             image_token=image_token,
             chat_template=chat_template,
+            image_order=image_order,
         )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -211,12 +224,17 @@ class LavinProcessor(ProcessorMixin):
         return saved
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """[`~ProcessorMixin.apply_chat_template`], where a special token typed in a text is text in every template."""
+        """
+        [`~ProcessorMixin.apply_chat_template`] with the images where `image_order` has them, and with special tokens
+        that are typed in a text as text, in every template.
+        """
         if chat_template is None and self.chat_template is None:
             raise ValueError(
                 "This processor has no chat template (is `chat_template.jinja` missing from its folder?). Pass "
                 "`chat_template=...` or set `processor.chat_template`; LaVIN's own is `DEFAULT_CHAT_TEMPLATE`."
             )
+        if self.image_order == "first":
+            conversation = _images_first(conversation)
         return super().apply_chat_template(self._break_typed_tokens(conversation), chat_template, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -301,7 +319,7 @@ class LavinProcessor(ProcessorMixin):
             if isinstance(item, (list, tuple)):
                 return [clean(part) for part in item]
             if isinstance(item, dict):
-                tail = "" if item.get("type") == "image" else tail
+                tail = "" if _is_image(item) else tail
                 return {key: clean(value) if key in ("content", "text") else value for key, value in item.items()}
             if isinstance(item, str):
                 if HALF.search(item):
@@ -317,6 +335,42 @@ class LavinProcessor(ProcessorMixin):
 def _broken(token: str) -> str:
     """A special token as readable text that is no token."""
     return f"{token[:-1]} {token[-1]}"
+
+
+def _is_image(part) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+
+
+def _images_first(messages):
+    """A copy of the conversation(s) with the images of each turn, user messages in a row, before its text."""
+    if not messages or isinstance(messages[0], (list, tuple)):
+        return [_images_first(conversation) for conversation in messages]
+    result = []
+    for of_user, run in groupby(messages, key=lambda message: message.get("role") == "user"):
+        for turn in [list(run)] if of_user else [[message] for message in run]:
+            contents = [message.get("content") or [] for message in turn]
+            contents = [[{"type": "text", "text": c}] if isinstance(c, str) else list(c) for c in contents]
+            if images := [part for content in contents for part in content if _is_image(part)]:
+                contents = [_without_images(content) for content in contents]
+                contents[0] = images + contents[0]
+                turn = [m | {"content": content} for m, content in zip(turn, contents, strict=True) if content]
+            result += turn
+    return result
+
+
+def _without_images(parts: list) -> list:
+    """The other parts; where an image stood between two words, a space."""
+    left, moved = [], False
+    for part in parts:
+        if _is_image(part):
+            moved = True
+            continue
+        words = left[-1].get("text") if left else None
+        if moved and words and part.get("text") and not (words[-1].isspace() or part["text"][0].isspace()):
+            part = {**part, "text": f" {part['text']}"}
+        left.append(part)
+        moved = False
+    return left
 
 
 def _as_list(images) -> list:

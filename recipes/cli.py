@@ -56,6 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="what image tokens are made of: class tokens (taps, the default), cells of patches (pool), or both",
     )
     init.add_argument("--projector-hidden-size", type=int, metavar="N", help="of the taps; 128 by default")
+    init.add_argument(
+        "--image-order",
+        choices=("first", "interleaved"),
+        default="first",
+        help="a turn's images before its text (first), or where the messages have them (interleaved)",
+    )
     _folder_options(init)
     init.set_defaults(run=run_init)
 

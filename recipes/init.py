@@ -27,6 +27,7 @@ def init_folder(
     projector_type: str | None = None,
     pool_size: int | None = None,
     image_size: int | None = None,
+    image_order: str = "first",
     **hub,
 ) -> Path:
     r"""
@@ -42,6 +43,7 @@ def init_folder(
         projector_hidden_size, projector_type, pool_size, image_size (*optional*): As in [`LavinConfig`].
         vision_feature_layers (`list[int]`, *optional*): Blocks whose class token is read, counted from 1.
         preprocessing (`str`, *optional*, defaults to `"lavin"`): `"lavin"` or `"clip"`, see [`LavinProcessor`].
+        image_order (`str`, *optional*, defaults to `"first"`): `"first"` or `"interleaved"`, see [`LavinProcessor`].
         hub: `token`, `cache_dir` and the like.
 
     Returns:
@@ -62,7 +64,7 @@ def init_folder(
     }
     settings = {key: value for key, value in settings.items() if value is not None}
     config, generation_config = config_of_pair(vision, text, vision_revision, text_revision, hub=hub, **settings)
-    processor = pair_processor(config, preprocessing, hub)
+    processor = pair_processor(config, preprocessing, hub, image_order)
     if processor is None:
         raise ValueError(
             f"{text} has no tokenizer ({', '.join(TOKENIZER_FILES)}), which the processor needs: add one."
@@ -99,7 +101,9 @@ def check_new_folder(folder):
         raise ValueError(f"The output folder {folder} is a LaVIN with weights ({', '.join(sorted(held))}). {way_out}")
 
 
-def pair_processor(config: LavinConfig, preprocessing: str, hub: dict) -> LavinProcessor | None:
+def pair_processor(
+    config: LavinConfig, preprocessing: str, hub: dict, image_order: str = "first"
+) -> LavinProcessor | None:
     """The processor of a configuration's two checkpoints; None where the language model has no tokenizer."""
     vision, text = config.vision_checkpoint, config.text_checkpoint
     if not has_tokenizer(text["name"], text["revision"], hub):
@@ -110,6 +114,7 @@ def pair_processor(config: LavinConfig, preprocessing: str, hub: dict) -> LavinP
         num_image_tokens=config.num_image_tokens,
         preprocessing=preprocessing,
         image_size=config.image_size,
+        image_order=image_order,
         vision_revision=vision["revision"],
         text_revision=text["revision"],
         **hub,

@@ -357,7 +357,7 @@ def test_conversations(qwen):
         ([user(None, PROMPT)], " Image: <image> " + PROMPT),
         ([{"role": "user", "content": PROMPT}], " Image: N/A " + PROMPT),
         ([user(None, None, "Same?")], " Image: <image><image> Same?"),
-        ([user("Is", None, "like", None, "?")], " Image: Is <image> like <image> ?"),
+        ([user("Is", None, "like", None, "?")], " Image: <image><image> Is like ?"),
         ([user(None)], " Image: <image>"),
         ([user(None, "a", "b")], " Image: <image> ab"),
         ([system, user("Why?")], " Be brief.\n Image: N/A Why?"),
@@ -369,6 +369,10 @@ def test_conversations(qwen):
     ]
     for messages, expected in cases:
         assert render(qwen, *messages) == expected
+    qwen.image_order = "interleaved"
+    text = render(qwen, user("Is", None, "like", None, "?"))
+    qwen.image_order = "first"
+    assert text == " Image: Is <image> like <image> ?"
 
 
 def test_generation_prompt_and_turns_are_prefixes(processor):
