@@ -1,5 +1,6 @@
 """Text and images to tensors: LaVIN's text format as a chat template, its image preprocessing, its checks."""
 
+import os
 import re
 from itertools import groupby
 
@@ -89,7 +90,9 @@ class LavinProcessor(ProcessorMixin):
             model that is trained so. Training, evaluation and serving read it from the processor.
 
     Images are passed as one list per row (`[[image, image], [], [image]]`), or as a flat list where that is
-    unambiguous. Batches are padded on the left unless `padding_side` says otherwise.
+    unambiguous; an array of four dimensions is a list of its images. Arrays and tensors are read as the same picture
+    from a file is: integers of 8 to 16 bits or floats, in [0, 1] or [0, 255]; with `do_rescale=False` their values are
+    taken as they are. Batches are padded on the left unless `padding_side` says otherwise.
 
     Raises:
         `ValueError`: if a row's images and image slots differ in number, an image cannot be read, truncation cuts
@@ -240,10 +243,14 @@ class LavinProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is not None:
             rows = _as_list(images)
-            nested = any(row is None or isinstance(row, (list, tuple)) for row in rows)
+            nested = any(row is None or isinstance(row, (list, tuple)) or _is_batch(row) for row in rows)
+            rows = [
+                [image for part in _as_list(row) for image in _as_list(part)] for row in (rows if nested else [rows])
+            ]
+            settings = {**kwargs, **kwargs.get("images_kwargs", {})}
             images = [
-                [self._read_image(image, i, n if nested else None) for i, image in enumerate(_as_list(row))]
-                for n, row in enumerate(rows if nested else [rows])
+                [self._read_image(image, i, n if nested else None, settings) for i, image in enumerate(row)]
+                for n, row in enumerate(rows)
             ]
             images = None if not any(images) else images if nested else images[0]
         images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
@@ -280,14 +287,15 @@ class LavinProcessor(ProcessorMixin):
                     )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
-    def _read_image(self, image, index: int, row: int | None):
-        if is_valid_image(image) and not hasattr(image, "convert"):
-            return image  # an array or a tensor
+    def _read_image(self, image, index: int, row: int | None, settings: dict):
+        is_array = is_valid_image(image) and not hasattr(image, "convert")
+        if is_array and not settings.get("do_rescale", getattr(self.image_processor, "do_rescale", True)):
+            return image  # its values are on the scale that is wanted, says the caller
         try:
-            return read_image(image)
+            return read_image(image, settings.get("input_data_format"))
         except Exception as error:  # Pillow's decoders raise all sorts
             where = f"image {index}" + ("" if row is None else f" of row {row}")
-            source = "" if isinstance(image, bytes) or hasattr(image, "mode") else f" ({str(image)[:100]!r})"
+            source = f" ({os.fspath(image)[:100]!r})" if isinstance(image, (str, os.PathLike)) else ""
             raise ValueError(
                 f"Cannot read {where}{source}: {error}. Pass a PIL image, an array, or the path, URL or base64 text "
                 "of an image file that can be decoded; repair the file or leave its row out."
@@ -374,7 +382,14 @@ def _without_images(parts: list) -> list:
 
 
 def _as_list(images) -> list:
-    return list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        return list(images)
+    return [] if images is None else [images]
+
+
+def _is_batch(images) -> bool:
+    """Whether this is an array of several images."""
+    return getattr(images, "ndim", 0) == 4 and len(images) != 1
 
 
 def _image_processor(image_size, preprocessing: str) -> CLIPImageProcessorPil:

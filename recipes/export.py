@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lavin import images_lavin
 from lavin.files_lavin import staged
 from lavin.recipes import prompt_embeds as image_side
 from lavin.recipes.init import check_new_folder
@@ -140,6 +141,7 @@ def write_image_side(model, processor, folder: Path):
         table = embedding(torch.arange(model.config.text_config.vocab_size, device=model.device))
     torch.save(table.clone().cpu(), folder / image_side.EMBEDDINGS)
     shutil.copyfile(image_side.__file__, folder / "prompt_embeds.py")
+    shutil.copyfile(images_lavin.__file__, folder / "images_lavin.py")
 
 
 def sample_images(size: int = 64) -> list[Image.Image]:

@@ -13,16 +13,23 @@ import base64
 import io
 import json
 import re
+import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+
+try:
+    from lavin.images_lavin import to_rgb
+except ImportError:  # `lavin export` writes it beside this file
+    sys.path.append(str(Path(__file__).parent))
+    from images_lavin import to_rgb
 
 
 EMBEDDINGS = "input_embeddings.pt"  # engines read every safetensors file of a folder as the model's
@@ -94,15 +101,6 @@ def prompt_embeds(side: ImageSide, question: str, images: list[Image.Image]) -> 
     embeds = side.embedding[ids.masked_fill(is_image, 0)]
     embeds[is_image] = features.flatten(0, 1).to(embeds)
     return embeds
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as LaVIN reads it: upright, of 16 bits the upper 8, without alpha."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        values = np.asarray(image).clip(0, 65535)
-        image = Image.fromarray((values >> (8 if image.mode != "I" or values.max() > 255 else 0)).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def as_text(side: ImageSide, question: str) -> str:

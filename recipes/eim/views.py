@@ -7,6 +7,8 @@ from datasets import Image as ImageColumn
 from datasets import List, load_dataset
 from PIL import Image, ImageEnhance
 
+from lavin.images_lavin import read_image
+
 
 SHIFT, ZOOM, LIGHT = 4, 0.1, 0.15  # at most: of 64 pixels, of the size, of the brightness
 
@@ -46,7 +48,7 @@ def write_views(source: Path, target: Path, seed: int):
     rng = random.Random(f"views {seed}")
     rows = load_dataset("parquet", data_files=str(source), split="train", cache_dir=str(target.parent / "cache"))
     rows = rows.map(
-        lambda row: {"images": [view(image.convert("RGB"), rng) for image in row["images"]]},
+        lambda row: {"images": [view(read_image(image), rng) for image in row["images"]]},
         features=rows.features, desc="views", load_from_cache_file=False,
     )  # fmt: skip
     unfinished = target.with_name(target.name + ".part")

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import safe_open
 
+from lavin.images_lavin import read_image
 from lavin.recipes.data.rows import write_parquet
 from lavin.recipes.data.scienceqa import LETTERS, format_answer, format_question, scienceqa_rows
 
@@ -118,7 +119,10 @@ def show_table(before: dict[str, float], after: dict[str, float]):
 
 def read_own_image(path: str) -> Image.Image:
     """Reads the user's image, upright, transparent parts as white paper."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    image = Image.open(path)
+    if not image.has_transparency_data:
+        return read_image(image)
+    image = ImageOps.exif_transpose(image).convert("RGBA")
     paper = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(paper, image).convert("RGB")
 

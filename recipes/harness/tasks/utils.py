@@ -4,6 +4,7 @@ import os
 from glob import glob
 from pathlib import Path
 
+from lavin.images_lavin import read_image
 from lavin.recipes.data.scienceqa import LETTERS
 from lavin.recipes.evaluate.scienceqa import parse_letter
 
@@ -23,7 +24,7 @@ DATA_FILES = data_files()
 
 def images(row: dict) -> list:
     """A row's images."""
-    return [image.convert("RGB") for image in row["images"]]
+    return [read_image(image) for image in row["images"]]
 
 
 def question(row: dict) -> str:
