@@ -102,6 +102,16 @@ def run_batches(
         tqdm.write(f"The memory does not hold {len(rows)} questions at once: going on with {batch_size}.", sys.stderr)
 
 
+def decode(tokenizer, tokens: list[int]) -> str:
+    """The text of an answer's tokens, for `lavin ask`, `eval` and `serve` alike."""
+    return tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+
+
+def before_end(tokens: list[int], ends: list[int]) -> list[int]:
+    """The tokens of an answer without that which ends it, which need not be a special one."""
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
 def generate_batches(
     model, processor, prompts: list, images: list[list], batch_size: int, max_new_tokens: int, **decoding
 ) -> Iterator[tuple[list[int], list[str]]]:
@@ -125,8 +135,8 @@ def generate_batches(
                 output = model.generate(**inputs)
         finally:
             model.generation_config = own
-        new = output[:, inputs["input_ids"].shape[1] :]
-        return processor.batch_decode(new, skip_special_tokens=True)
+        new = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [decode(processor.tokenizer, before_end(row, ends or [])) for row in new]
 
     yield from run_batches(model, processor, prompts, images, batch_size, run)
 

@@ -129,12 +129,10 @@ def create_app(
                 return Response(status_code=499)
             raise too_late(limits)
         prompt = reading.result()
-        events, pieces = asyncio.Queue(), []
+        events = asyncio.Queue()
 
         def emit(event):  # called by the worker
-            if isinstance(event, str) and not body.stream:
-                pieces.append(event)
-            else:
+            if body.stream or not isinstance(event, str):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         text = AnswerText(tokenizer, body.stop)
@@ -175,7 +173,7 @@ def create_app(
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             chunks = stream(head, first, next_event, row, with_usage)
             return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        message = {"role": "assistant", "content": "".join(pieces), "refusal": None}
+        message = {"role": "assistant", "content": text.raw.strip(), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": first.reason}
         return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(row)}
 
