@@ -13,6 +13,7 @@ from transformers import GenerationConfig, Lfm2Config, PreTrainedTokenizerFast
 
 from lavin import LavinForConditionalGeneration
 from lavin.recipes.bench.models import QUICK, adapted_lavin
+from lavin.recipes.evaluate.answers import before_end
 from lavin.recipes.serve import batch as batch_module
 from lavin.recipes.serve import batcher as batcher_module
 from lavin.recipes.serve.answer import BROKEN, AnswerText
@@ -528,3 +529,9 @@ def test_a_stop_string_after_bytes_that_are_no_text():
     answer = AnswerText(tokenizer, ["STOP"])
     pieces = [answer.push(tokenizer.convert_tokens_to_ids(piece)) for piece in (*head, *tail)]
     assert answer.stopped and "".join(pieces) == f"the{BROKEN}{BROKEN}{BROKEN} end"  # as it is decoded as a whole
+
+
+def test_an_answer_without_its_end():
+    """The token that ends an answer is no part of its text, in `lavin ask` either, where it is no special one."""
+    assert before_end([5, 6, 2, 0, 2], [2, 9]) == [5, 6] and before_end([5, 6], [2]) == [5, 6]
+    assert before_end([2], [2]) == before_end([], [2]) == []
