@@ -85,6 +85,10 @@ class LavinConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.vision_config = vision_part(_as_config(self.vision_config, "clip_vision_model", VIT_L_14))
         self.text_config = _as_config(self.text_config, "llama", {}).get_text_config(decoder=True)
+        for field in ("image_size", "num_hidden_layers"):
+            if not hasattr(self.vision_config, field):
+                kind = self.vision_config.model_type
+                raise ValueError(f"`vision_config` must be of a vision tower, got a {kind}, which has no `{field}`.")
         # Only the outer flag decides whether the head is tied to the embedding.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.projector_type not in PROJECTOR_TYPES:
@@ -132,8 +136,6 @@ class LavinConfig(PreTrainedConfig):
         return (getattr(self.vision_config, "num_channels", 3), *sides(self.image_size))
 
     def _check_ranges(self):
-        if not hasattr(self.vision_config, "image_size"):
-            raise ValueError(f"`vision_config` must be of a vision tower, got a {self.vision_config.model_type}.")
         if not hasattr(self.text_config, "vocab_size"):
             raise ValueError(f"`text_config` must be of a language model, got a {self.text_config.model_type}.")
         for name in ("projector_hidden_size", "pool_size", "image_token_id"):

@@ -20,13 +20,14 @@ from peft import __version__ as peft_version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .adapters_lavin import LavinAdapterMixin
 from .card_lavin import write_card
 from .configuration_lavin import CHECKPOINTS, OWN_FIELDS, LavinConfig, vision_part
 from .files_lavin import DAMAGED, find_file, read_adapter, read_json, staged, write_adapter
+from .fit_lavin import check_text, check_vision
 from .peft_lavin import with_adapter
 from .towers_lavin import has_tokenizer, named_base, read_towers, shards_of, tower_config
 from .trainable_lavin import (
@@ -144,6 +145,7 @@ class LavinFolderMixin(LavinAdapterMixin):
             if getattr(config, "quantization_config", None) is not None:
                 raise ValueError(QUANTISED)
             config.trained_patterns = list(trainable)  # for `_get_dtype_plan`
+        check_text(config.text_config, f"The language model of {name}")
         with_info = kwargs.pop("output_loading_info", False)
         weights = find_file(name, BASE_WEIGHTS, hub)
         full = weights is not None
@@ -597,12 +599,8 @@ def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=N
     hub = {key: value for key, value in (hub or {}).items() if key != "revision"}
     vision_config, vision_checkpoint = tower_config(vision, vision_revision, "vision", hub)
     text_config, text_checkpoint = tower_config(text, text_revision, "text", hub)
-    if not hasattr(vision_part(vision_config), "image_size"):
-        raise ValueError(
-            f"{vision} is no vision tower (its type is {vision_config.model_type}): name a CLIP or SigLIP."
-        )
-    if type(text_config.get_text_config(decoder=True)) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"{text} is no language model (its type is {text_config.model_type}): name a causal one.")
+    check_vision(vision_part(vision_config), vision)
+    check_text(text_config.get_text_config(decoder=True), text)
     tokenizer = None
     if has_tokenizer(text, text_revision, hub):
         processor = LavinProcessor.from_vision_text_pretrained(
@@ -802,6 +800,13 @@ def _check_complete(info, name):
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ValueError(f"The base checkpoints of {name} lack weights of the model: {shown}.")
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        shown = ", ".join(unexpected[:5]) + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
+        raise ValueError(
+            f"The base weights of {name} hold more than its config.json says: {shown}. They are another model's, or "
+            "config.json was changed."
+        )
 
 
 __all__ = ["LavinPeftModel"]

@@ -116,7 +116,11 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
     _keep_in_fp32_modules_strict = ["multi_modal_projector", "modality_embedding"]
     # Quantisation leaves these alone; it matches from the start of a name.
     _keep_in_fp32_modules = [r"(?:model\.)?multi_modal_projector"]
-    _keys_to_ignore_on_load_missing = [r"multi_modal_projector\..*", r"modality_embedding\..*"]
+    _keys_to_ignore_on_load_missing = [
+        r"multi_modal_projector\..*",
+        r"modality_embedding\..*",
+        r"vision_tower\.(vision_model\.)?(pooler|head)\.",  # never read, and a classifier's checkpoint has none
+    ]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -513,11 +517,6 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
     def __init__(self, config: LavinConfig):
         super().__init__(config)
         text = config.get_text_config()
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(text, name, None) not in (None, 1, 1.0):
-                raise ValueError(
-                    f"{text.model_type} changes its logits after the head (`{name}`); LaVIN cannot do so."
-                )
         self.model = LavinModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         embedding = self.model.get_input_embeddings()

@@ -3,16 +3,21 @@
 import json
 import os
 import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_lavin import LavinConfig
 from .files_lavin import DAMAGED, find_file
+from .fit_lavin import architecture, on_meta
 
 
 WEIGHT_FILES = (
@@ -21,7 +26,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-NOT_WEIGHTS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias", "attn.bias")  # buffers of old checkpoints
+OLD_BUFFERS = ("inv_freq", "position_ids", "masked_bias")  # of old checkpoints; their causal masks are below
+MASKS = ("attn.bias", "attention.bias")
 
 
 def named_base(name, revision: str | None, hub: dict) -> dict:
@@ -88,7 +94,88 @@ def read_towers(config: LavinConfig, name, hub: dict) -> dict[str, torch.Tensor]
     """
     vision = _read_checkpoint(config.vision_checkpoint, "vision", name, hub)
     text = _read_checkpoint(config.text_checkpoint, "text", name, hub)
-    return {**_vision_keys(vision, config), **_text_keys(text, config)}
+    own = (architecture(AutoModel, config.vision_config), architecture(AutoModelForCausalLM, config.text_config))
+    tower, language_model = on_meta(own[0], config.vision_config), on_meta(own[1], config.text_config)
+    head = next(n for n, m in language_model.named_modules() if m is language_model.get_output_embeddings())
+    tower_keys = names_in(tower, vision, "", config.vision_checkpoint, hub)
+    text_keys = names_in(language_model, text, head, config.text_checkpoint, hub)
+    tensors = {f"model.vision_tower.{new}": vision[key] for key, new in tower_keys.items()}
+    inside = f"{language_model.base_model_prefix}."
+    for key, new in text_keys.items():
+        if new != f"{head}.weight":
+            tensors[f"model.language_model.{new.removeprefix(inside)}"] = text[key]
+        elif not config.tie_word_embeddings:
+            tensors["lm_head.weight"] = text[key]
+    return tensors
+
+
+def names_in(model, tensors: dict[str, torch.Tensor], head: str, source: dict, hub: dict) -> dict[str, str]:
+    """
+    The names that a checkpoint's tensors have in a model, found as transformers finds them when it loads one. Tensors
+    that become part of a larger one (experts) keep the names they have before that.
+
+    Args:
+        model (`PreTrainedModel`): of the architecture's own class, without memory.
+        head (`str`): name of its head, if any: all that lies on the way to the logits must have a place.
+        source (`dict`): `{"name", "revision"}` of the checkpoint.
+
+    Raises:
+        `ValueError`: if a tensor has no place in the model, and is no known part of another model of its checkpoint
+            (the text half of a CLIP, a classifier).
+    """
+    names, left = _find_names(model, tensors)
+    ours = [new for new in names.values() if head and not new.startswith((f"{model.base_model_prefix}.", f"{head}."))]
+    if left and not ours:
+        for whole in _whole_models(type(model), source, hub):
+            known, _ = _find_names(whole, {key: tensors[key] for key in left})
+            left = [key for key in left if key not in known or (head and key.startswith(f"{head}."))]
+    if left or ours:
+        shown = ", ".join((left or ours)[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+        raise ValueError(
+            f"The checkpoint {source['name']} holds weights that have no place in a LaVIN, and without which its "
+            f"{type(model).__name__} is another model: {shown}. Name a checkpoint that this transformers' "
+            f"`{type(model).__name__}.from_pretrained` reads with none left over."
+        )
+    return names
+
+
+def _find_names(model, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, str], list[str]]:
+    """Names in a model by names in a checkpoint, and what is left over."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if not isinstance(each, WeightRenaming)]
+    expected, buffers = model.state_dict(), {name for name, _ in model.named_buffers()}
+    prefix, names, left = model.base_model_prefix, {}, {}
+    for key, tensor in tensors.items():
+        # As it is, and as other versions of transformers wrote a CLIP's.
+        for own in (key, key.removeprefix("vision_model."), f"vision_model.{key}"):
+            new, converted = rename_source_key(own, renamings, converters, prefix, expected)
+            if new not in expected:
+                plain, _ = rename_source_key(own, [], [], prefix, expected)
+                new, converted = (plain, None) if plain in expected else (new, converted)
+            if new in expected:
+                if converted:
+                    start = f"{prefix}." if new.startswith(f"{prefix}.") else ""
+                    new = start + rename_source_key(own, renamings, [])[0].removeprefix(f"{prefix}.")
+                names[key] = new
+                break
+        else:
+            new = rename_source_key(key, renamings, converters, prefix, expected)[0]
+            mask = key.endswith(MASKS) and tensor.ndim == 4
+            if not mask and not key.endswith(OLD_BUFFERS) and not {key, new, f"{prefix}.{key}"} & buffers:
+                left[new] = key
+    info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(left))
+    model._adjust_missing_and_unexpected_keys(info)  # what the architecture itself knows to be of no use to it
+    return names, [key for new, key in left.items() if new in info.unexpected_keys]
+
+
+def _whole_models(own: type, source: dict, hub: dict) -> Iterator:
+    """Models, without memory, of the other classes that a checkpoint is of by its own configuration."""
+    config = AutoConfig.from_pretrained(source["name"], **{**hub, "revision": source.get("revision") or "main"})
+    classes = [getattr(transformers, name, None) for name in config.architectures or []]
+    for found in dict.fromkeys([*classes, architecture(AutoModel, config)]):
+        if found not in (None, own) and isinstance(config, found.config_class):
+            yield on_meta(found, config)
 
 
 def _read_checkpoint(source, kind: str, name, hub: dict) -> dict[str, torch.Tensor]:
@@ -148,34 +235,3 @@ def shards_of(index: str) -> list[str]:
     if outside := [shard for shard in shards if shard != os.path.basename(shard)]:
         raise ValueError(f"{index} asks for a file outside its own folder ({outside[0]!r}), which is not read.")
     return shards
-
-
-def _vision_keys(tensors: dict, config: LavinConfig) -> dict:
-    """A tower's own checkpoint, an older one with `vision_model.`, or the vision half of a whole CLIP or SigLIP."""
-    with torch.device("meta"), no_init_weights():  # the class: `from_config` would initialise it under ZeRO-3
-        expected = set(AutoModel._model_mapping[type(config.vision_config)](config.vision_config).state_dict())
-    renamed = {}
-    for key, tensor in tensors.items():
-        for name in (key, key.removeprefix("vision_model."), f"vision_model.{key}"):
-            if name in expected:
-                renamed[f"model.vision_tower.{name}"] = tensor
-                break
-    return renamed
-
-
-def _text_keys(tensors: dict, config: LavinConfig) -> dict:
-    """A causal language model's checkpoint, or a bare decoder's."""
-    if "lm_head.bias" in tensors:
-        raise ValueError(f"The head of {config.text_config.model_type} has a bias, which LaVIN's has not.")
-    prefix = AutoModel._model_mapping[type(config.text_config)].base_model_prefix + "."
-    has_prefix = any(key.startswith(prefix) for key in tensors)
-    renamed = {}
-    for key, tensor in tensors.items():
-        if key.endswith(NOT_WEIGHTS) and not key.endswith("c_attn.bias"):
-            continue
-        if key == "lm_head.weight":
-            if not config.tie_word_embeddings:
-                renamed[key] = tensor
-        elif key.startswith(prefix) or not has_prefix:
-            renamed["model.language_model." + key.removeprefix(prefix)] = tensor
-    return renamed

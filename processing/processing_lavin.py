@@ -178,8 +178,9 @@ class LavinProcessor(ProcessorMixin):
         """
         revision = kwargs.pop("revision", None) or "main"
         config = vision_part(AutoConfig.from_pretrained(vision, revision=vision_revision or revision, **kwargs))
-        if getattr(config, "image_size", None) is None:
-            raise ValueError(f"{vision} is no vision tower: a {config.model_type} has no `image_size`.")
+        for field in ("image_size", "num_hidden_layers"):
+            if getattr(config, field, None) is None:
+                raise ValueError(f"{vision} is no vision tower: a {config.model_type} has no `{field}`.")
         image_size = config.image_size if image_size is None else image_size
         check_image_size(*sides(image_size), config)
         if num_image_tokens is None:

@@ -26,7 +26,6 @@ from transformers import (
     BitsAndBytesConfig,
     CLIPConfig,
     CLIPVisionConfig,
-    CohereConfig,
     DynamicCache,
     LlamaConfig,
     MambaConfig,
@@ -583,12 +582,6 @@ def test_an_architecture_without_attention_lists_candidates():
     with pytest.raises(ValueError, match=r"Candidates in `layers`: \['mixer', 'norm'\]") as error:
         get_peft_model(model, MMAConfig())
     assert "target_modules" in str(error.value) and "MambaModel" in str(error.value)
-
-
-def test_logits_changed_after_the_head_are_refused():
-    text = CohereConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, logit_scale=0.5)
-    with pytest.raises(ValueError, match="logit_scale"):
-        LavinForConditionalGeneration(LavinConfig(vision_config=CLIPVisionConfig(**VISION_SHAPE), text_config=text))
 
 
 @pytest.mark.parametrize("skip", [None, ["lm_head"]], ids=["as it comes", "user's own list"])
