@@ -1,9 +1,7 @@
 """Whether two architectures can be a LaVIN: shown before anything is written, with none of their weights."""
 
 import copy
-import functools
 import inspect
-import json
 
 import torch
 from torch import nn
@@ -18,6 +16,7 @@ from .tuner_lavin import find_blocks
 ROWS = 64  # of the vocabulary, for a comparison
 IDS = ((3, 9, 4, 17, 5), (0, 8, 21, 6, 3))
 MASK = ((1, 1, 1, 1, 1), (0, 1, 1, 1, 1))
+SHOWN: dict[tuple, str | None] = {}  # what was found of a configuration, once in a process
 NO_TEXT = "{} is no language model for a LaVIN (its type is {}): {}. Name a decoder as Llama, Mistral or Qwen are."
 NO_VISION = "{} is no vision tower for a LaVIN (its type is {}): {}. Name a CLIP, SigLIP, DINOv2, DINOv3, ViT or BEiT."
 
@@ -43,14 +42,14 @@ def check_text(config: PreTrainedConfig, name: str = "The text checkpoint"):
     Raises:
         `ValueError`: if the two differ; it says where.
     """
-    reason = _unfit_text(type(config), config.to_json_string(use_diff=False))
-    if reason is not None:
-        raise ValueError(NO_TEXT.format(name, config.model_type, reason))
+    key = type(config), config.to_json_string(use_diff=False)
+    if key not in SHOWN:
+        SHOWN[key] = _unfit_text(copy.deepcopy(config))
+    if SHOWN[key] is not None:
+        raise ValueError(NO_TEXT.format(name, config.model_type, SHOWN[key]))
 
 
-@functools.lru_cache
-def _unfit_text(config_class: type, content: str) -> str | None:
-    config = config_class.from_dict(json.loads(content))
+def _unfit_text(config: PreTrainedConfig) -> str | None:
     own, base_class = architecture(AutoModelForCausalLM, config), architecture(AutoModel, config)
     if own is None or base_class is None:
         return "transformers has no causal language model of that type"
