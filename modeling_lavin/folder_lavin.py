@@ -284,6 +284,11 @@ class LavinFolderMixin(LavinAdapterMixin):
                 "A light folder names the checkpoints of its base, and this model has none: it was not made from a "
                 "pair or a saved folder. Save it with `full=True`."
             )
+        if full and adapters and any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError(
+                "A part of this base is offloaded (`device_map`), and beside an adapter such weights cannot be "
+                "written: save a light folder (`full=False`), or load it without `device_map`."
+            )
         if is_main_process:
             _check_nothing_stale(save_directory, config, full, adapters)
             tensors = {name: self._adapter_tensors(name, state_dict) for name in adapters}  # raises before it writes
@@ -362,9 +367,10 @@ class LavinFolderMixin(LavinAdapterMixin):
         quantizer = getattr(self, "hf_quantizer", None)
         if quantizer is not None:
             state_dict, _ = quantizer.get_state_dict_and_metadata(self)
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        state_dict = {key.removeprefix(BASE_KEY): value for key, value in state_dict.items()}
-        state_dict = {_base_name(key): value for key, value in state_dict.items() if _base_name(key) is not None}
+        if state_dict is not None or not any(parameter.is_meta for parameter in self.parameters()):
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {key.removeprefix(BASE_KEY): value for key, value in state_dict.items()}
+            state_dict = {_base_name(key): value for key, value in state_dict.items() if _base_name(key) is not None}
         loaded, self._hf_peft_config_loaded = getattr(self, "_hf_peft_config_loaded", False), False
         if quantizer is not None:
             self.hf_quantizer = None  # transformers would ask it again, for the names with wrappers
@@ -701,6 +707,7 @@ def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: s
         for key, value in sorted(weights.items())  # a safetensors file has no order
         if key in own and own[key].shape != value.shape
     ]
+    problems += [f"{key}: it has no memory (meta device)" for key, tensor in own.items() if tensor.is_meta]
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"The adapter belongs to another base or has other settings:\n  {shown}")

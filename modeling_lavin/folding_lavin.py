@@ -1,5 +1,6 @@
 """Folds an MMA adapter into the plain language model of one modality (method.md's identity; arXiv 2305.15023)."""
 
+import contextlib
 import copy
 
 import torch
@@ -7,22 +8,32 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from .readers_lavin import find_readers, probe_embeds
 
-# Maps that read the input of an attention or MLP module, by architecture family.
-READERS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("qkv_proj",),
-    ("query_key_value",),
-    ("c_attn",),
-    ("gate_proj", "up_proj"),
-    ("gate_up_proj",),
-    ("c_fc",),
-    ("fc1",),
-)
+
 MODALITIES = {"text": 0, "image": 1}
+
+
+def _check_foldable(model) -> list:
+    """
+    The language model's adapted modules.
+
+    Raises:
+        `ValueError`: if the base's weights cannot be folded, or no adapter is active.
+    """
+    model.model.routing.check_not_folded()
+    if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError("A quantised base cannot be folded: load it without `quantization_config`.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("A base whose weights are offloaded cannot be folded: load it without `device_map`.")
+    layers = model.model.routing.active_layers()
+    if not layers:
+        raise ValueError("No MMA adapter is active in the language model: there is nothing to fold.")
+    return layers
 
 
 @torch.no_grad()
@@ -30,41 +41,79 @@ def fold_modality(model, modality: str):
     """See `LavinForConditionalGeneration.merge_modality`."""
     if modality not in MODALITIES:
         raise ValueError(f"`modality` must be 'text' or 'image', got {modality!r}.")
-    if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False):
-        raise ValueError("A quantised base cannot be folded: load it without `quantization_config`.")
-    layers = model.model.routing.active_layers()
-    if not layers:
-        raise ValueError("No MMA adapter is active in the language model: there is nothing to fold.")
-    for layer in layers:  # before anything is computed
-        _reader_names(layer.base_layer, layer.key)
-    table = model.model.routing_table()
+    layers = _check_foldable(model)
+    if any(
+        isinstance(m, BaseTunerLayer) and not hasattr(m, "adapter_down") for m in model.model.language_model.modules()
+    ):
+        raise ValueError("A module of the language model has another adapter. Delete that one, or merge it first.")
+    readers, table = _checked_readers(model, layers)  # before anything is computed
+    places = {layer.key: [_plain_name(layer, name) for name in readers[layer.key]] for layer in layers}
 
-    config = copy.deepcopy(model.config.text_config)
-    for flag in ("attention_bias", "mlp_bias"):
-        if hasattr(config, flag):
-            setattr(
-                config, flag, any(_is_mlp(layer) == (flag == "mlp_bias") for layer in layers) or getattr(config, flag)
-            )
+    config = _with_biases(model, sum(places.values(), []))
     if any(isinstance(module, ModulesToSaveWrapper) for module in (model.lm_head, model.get_input_embeddings())):
         config.tie_word_embeddings = False  # one of the two was trained
     dtype = model.get_input_embeddings().weight.dtype
     with torch.device(model.device):
         plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    decoder = getattr(plain, plain.base_model_prefix)
-    for layer in layers:  # before anything is copied
-        _readers(decoder.get_submodule(_path(layer)), layer.key)
+    decoder = _decoder(plain, model)
 
     adapter_name = layers[0].active_name
     weights = _plain_weights(model.model.language_model, adapter_name)
     new = {name: torch.zeros_like(tensor) for name, tensor in decoder.state_dict().items() if name not in weights}
     decoder.load_state_dict({**weights, **new})
-    plain.lm_head.load_state_dict(_plain_weights(model.lm_head, adapter_name))
+    head = _plain_weights(model.lm_head, adapter_name)
+    for name, tensor in plain.get_output_embeddings().named_parameters():
+        tensor.copy_(head[name]) if name in head else tensor.zero_()
     for row, layer in zip(table[:, MODALITIES[modality]], layers, strict=True):
-        _fold_layer(decoder.get_submodule(_path(layer)), layer, row)
+        for place in places[layer.key]:
+            linear = decoder.get_submodule(place)
+            weight, bias = _folded(linear, layer, row)
+            linear.bias.copy_(bias)
+            (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).copy_(weight)
     plain.tie_weights()
     if model.generation_config is not None:
         plain.generation_config = copy.deepcopy(model.generation_config)
-    return plain.eval()
+    plain.eval()
+    if dtype in (torch.float32, torch.float64):  # in others rounding is as large as what would be seen
+        with _all_in_eval(model):
+            given = {"inputs_embeds": probe_embeds(model), "use_cache": False}
+            expected = model(**given, modality_ids=torch.full((2,), MODALITIES[modality], device=table.device)).logits
+        if not (error := (plain(**given).logits - expected).norm() / expected.norm()) < 1e-3:
+            raise ValueError(
+                f"The adapter cannot be folded into a plain {config.model_type}: it computes something else then "
+                f"(relative difference {error:.1e}). Keep the adapter attached for this architecture."
+            )
+    return plain
+
+
+def _decoder(plain, model) -> nn.Module:
+    """What a causal language model has of the class of LaVIN's own language model."""
+    return next(module for module in plain.modules() if type(module) is type(model.model.language_model))
+
+
+def _with_biases(model, places: list[str]):
+    """
+    A language model's configuration with which all these maps have a bias.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    text_config = model.config.text_config
+    flags = [name for name, value in text_config.to_dict().items() if "bias" in name and value is False]
+    for chosen in ((), *((flag,) for flag in flags), flags):
+        config = copy.deepcopy(text_config)
+        for flag in chosen:
+            setattr(config, flag, True)
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(config)
+        decoder = _decoder(plain, model)
+        without = [place for place in places if decoder.get_submodule(place).bias is None]
+        if not without:
+            return config
+    raise ValueError(
+        f"A {text_config.model_type} cannot take a bias on {without[0]}, which a folded adapter needs: keep the "
+        "adapter attached for this architecture, or fold it for both modalities with `fold()`."
+    )
 
 
 def _plain_weights(module: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -78,41 +127,10 @@ def _plain_weights(module: nn.Module, adapter_name: str) -> dict[str, torch.Tens
     return {**weights, **trained}
 
 
-def _path(layer) -> str:
-    return layer.key.removeprefix("language_model.")
-
-
-def _is_mlp(layer) -> bool:
-    return any(
-        name in dict(layer.base_layer.named_children()) for name in ("gate_proj", "gate_up_proj", "c_fc", "fc1")
-    )
-
-
-def _reader_names(module: nn.Module, key: str) -> tuple[str, ...]:
-    names = next((names for names in READERS if all(hasattr(module, name) for name in names)), None)
-    if names is None:
-        raise ValueError(f"Cannot fold {key}: unknown maps {[name for name, _ in module.named_children()]}.")
-    if other := next((name for name in names if isinstance(getattr(module, name), BaseTunerLayer)), None):
-        raise ValueError(f"Cannot fold {key}: {other} has another adapter. Delete that one, or merge it first.")
-    return names
-
-
-def _readers(module: nn.Module, key: str) -> list[nn.Module]:
-    names = _reader_names(module, key)
-    maps = [getattr(module, name) for name in names]
-    if any(linear.bias is None for linear in maps):
-        raise ValueError(
-            f"{type(module).__name__} cannot take a bias on {', '.join(names)}, which a folded adapter needs: keep "
-            "the adapter attached for this architecture."
-        )
-    return maps
-
-
-def _fold_layer(module: nn.Module, layer, row: torch.Tensor):
-    for linear in _readers(module, layer.key):
-        weight, bias = _folded(linear, layer, row)
-        linear.bias.copy_(bias)
-        (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).copy_(weight)
+def _plain_name(layer, name: str) -> str:
+    """A map's name in the language model without adapters; `name` is that in the adapted module."""
+    key = f"{layer.key}.{name}".rstrip(".").removeprefix("language_model.")
+    return key.replace(f".modules_to_save.{layer.active_name}", "").replace(".base_layer", "")
 
 
 def _wide(linear: nn.Module) -> torch.Tensor:
@@ -162,6 +180,9 @@ class FoldedLinear(nn.Module):
         rows = self.routing.rows
         if isinstance(rows, int):
             return F.linear(x, self.weight[rows], self.bias[rows])
+        if x.ndim != 3:  # rows and positions in one
+            length = x.shape[:-1].numel() // rows.shape[0]
+            rows = rows.expand(-1, length, 1).reshape(*x.shape[:-1], 1)
         text = F.linear(x, self.weight[0], self.bias[0])
         mixed = F.linear(x, self.down, self.down_bias) * rows.to(x.dtype)
         return torch.addmm(text.flatten(0, -2), mixed.flatten(0, -2), self.difference).view_as(text)
@@ -179,18 +200,11 @@ def rows_of(modality_ids: torch.Tensor, dtype: torch.dtype) -> int | torch.Tenso
 @torch.no_grad()
 def fold_both(model):
     """See `LavinForConditionalGeneration.fold`."""
-    if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False):
-        raise ValueError("A quantised base cannot be folded: load it without `quantization_config`.")
-    routing = model.model.routing
-    routing.check_not_folded()
-    layers = routing.active_layers()
-    if not layers:
-        raise ValueError("No MMA adapter is active in the language model: there is nothing to fold.")
-    names = {layer.key: _reader_names(layer.base_layer, layer.key) for layer in layers}  # before anything changes
-    table = model.model.routing_table()
+    layers = _check_foldable(model)
+    readers, table = _checked_readers(model, layers)  # before anything changes
     for layer, rows in zip(layers, table, strict=True):
-        for name in names[layer.key]:
-            setattr(layer.base_layer, name, FoldedLinear(getattr(layer.base_layer, name), layer, rows))
+        _put_folded(layer, layer, readers[layer.key], rows)
+    routing = model.model.routing
     wrapped = {layer.key: layer.base_layer for layer in routing.layers}
     for key, module in wrapped.items():
         parent, _, name = key.rpartition(".")
@@ -200,3 +214,66 @@ def fold_both(model):
     routing.folded = True
     model._hf_peft_config_loaded = False  # transformers' own switches refuse from here on
     return model.eval()
+
+
+def _put_folded(holder: nn.Module, layer, names: list[str], rows: torch.Tensor):
+    """Puts folded maps in the place of those that read the input of `holder.base_layer`."""
+    for name in names:
+        parent, _, last = f"base_layer.{name}".rstrip(".").rpartition(".")
+        parent = holder.get_submodule(parent)
+        setattr(parent, last, FoldedLinear(getattr(parent, last), layer, rows))
+
+
+def _checked_readers(model, layers) -> tuple[dict[str, list[str]], torch.Tensor]:
+    """
+    The maps that read each layer's input, and the routing table. A copy of each adapted module is folded in float32,
+    where rounding hides nothing, and compared with the module as it is.
+    """
+    with _all_in_eval(model):
+        readers, calls = find_readers(model, layers)
+        table = model.model.routing_table()
+        for layer, rows in zip(layers, table, strict=True):
+            _check_fold(layer, readers[layer.key], rows, *calls[layer.key])
+    return readers, table
+
+
+@contextlib.contextmanager
+def _all_in_eval(model):
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        model.model.routing.kept = None
+
+
+def _check_fold(layer, names: list[str], rows: torch.Tensor, args: tuple, kwargs: dict):
+    """
+    Raises:
+        `ValueError`: if the module with folded maps does not compute what it computes on the adapted input.
+    """
+    holder = nn.Module()
+    holder.base_layer = copy.deepcopy(layer.base_layer).float()
+    name, x = layer.active_name, (args[0] if args else kwargs["hidden_states"]).float()
+
+    def output(x):
+        given = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+        given = tree_map(lambda v: v.float() if torch.is_tensor(v) and v.is_floating_point() else v, given)
+        out = holder.base_layer(*given[0], **given[1])
+        return (out[0] if isinstance(out, tuple) else out).double()
+
+    a = layer.adapter_down[name](x)
+    expected = output(layer.adapter_up[name](x, a, rows.to(x).unsqueeze(1), layer.adapter_config[name].scale))
+    _put_folded(holder, layer, names, rows)
+    layer.routing.rows = torch.arange(2, device=x.device, dtype=x.dtype)[:, None, None]
+    try:
+        error = (output(x) - expected).norm() / expected.norm()
+    finally:
+        layer.routing.rows = None
+    if not error < 1e-3:
+        raise ValueError(
+            f"Cannot fold {layer.key}: with its maps {', '.join(names)} folded it computes something else (relative "
+            f"difference {error:.1e}). Keep the adapter attached for this architecture."
+        )

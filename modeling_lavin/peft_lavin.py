@@ -6,6 +6,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 from peft.utils import ModulesToSaveWrapper
 
+from .tuner_lavin import bring_in
+
 
 PROJECTOR = "multi_modal_projector"
 ADAPTER = "default"
@@ -53,9 +55,12 @@ def with_adapter(model, peft: dict) -> PeftModel:
             raise ValueError(f"PEFT's adaption prompts fit a {' or a '.join(PROMPTED)}, not a {text.model_type}.")
         if not 1 <= (config.adapter_layers or 0) <= text.num_hidden_layers:  # beyond lie those of the vision tower
             raise ValueError(f"`adapter_layers` must be 1 to {text.num_hidden_layers}, got {config.adapter_layers}.")
+    bring_in(model, [*(fields.get("modules_to_save") or ()), PROJECTOR])
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the common generator: runs and ranks would differ
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, adapter_name=ADAPTER)
+    if away := next((name for name, p in adapted.named_parameters() if p.requires_grad and p.is_meta), None):
+        raise ValueError(f"PEFT cannot train {away}, beside a weight that is offloaded: load without `device_map`.")
     if not saves_modules:
         wrapper = ModulesToSaveWrapper(model.model.multi_modal_projector, ADAPTER)
         wrapper.set_adapter(ADAPTER)

@@ -117,8 +117,10 @@ def _few(names: list[str]) -> str:
 
 def set_trainable(model, names: list[str]):
     """Makes the named parameters, and no others, trainable, in float32. The base is then no checkpoint's any more."""
-    model.requires_grad_(False)
     wanted = set(names)
+    if away := next((n for n, p in model.named_parameters(remove_duplicate=False) if n in wanted and p.is_meta), None):
+        raise ValueError(f"`trainable`: {away} is offloaded, and cannot be trained: leave it out of `device_map`.")
+    model.requires_grad_(False)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in wanted:
             parameter.data = parameter.data.float()  # read so already, but for what is new, such as a projector

@@ -311,6 +311,34 @@ def computing_device(module: nn.Module) -> torch.device:
     return device
 
 
+def bring_in(model: nn.Module, names: list[str]):
+    """
+    Gives the modules of these names weights of their own, where they compute, in place of weights that accelerate
+    brings for each forward (`device_map` with "disk", or "cpu" beside a GPU): what is trained cannot be brought from
+    where it was before.
+    """
+    for key, module in model.named_modules():
+        if not key.endswith(tuple(names)) or not any(parameter.is_meta for parameter in module.parameters()):
+            continue
+        for part in module.modules():
+            hook = getattr(part, "_hf_hook", None)
+            for one in getattr(hook, "hooks", [hook]):
+                if getattr(one, "offload", False):
+                    _hold(part, one)
+
+
+def _hold(module: nn.Module, hook):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    for name, parameter in list(module.named_parameters(recurse=hook.place_submodules)):
+        if parameter.is_meta:
+            parent, _, last = name.rpartition(".")
+            value = torch.as_tensor(hook.weights_map[name]).to(hook.execution_device, copy=True)
+            setattr(module.get_submodule(parent), last, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    add_hook_to_module(module, AlignDevicesHook(hook.execution_device, io_same_device=hook.io_same_device))
+
+
 class MMALayer(nn.Module, BaseTunerLayer):
     """
     Wraps an attention (or MLP) module and adapts its input, `(batch, length, features)`:
@@ -556,6 +584,7 @@ class MMAModel(BaseTuner):
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         find_lavin(model).routing.check_not_folded()
         self.empty = kwargs.get("low_cpu_mem_usage", False)
+        bring_in(model, self.peft_config[adapter_name].modules_to_save)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         lift_to_float32(model, adapter_name)
 

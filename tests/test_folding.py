@@ -103,9 +103,8 @@ def test_half_precision_folds_within_its_own_rounding():
         (lambda: tiny_lavin(), "both", "`modality` must be 'text' or 'image'"),
         (lambda: tiny_lavin(adapter=False), "text", "No MMA adapter is active"),
         (lambda: tiny_lavin(mma={"target_modules": r".*vision_tower.*self_attn"}), "text", "No MMA adapter is active"),
-        (lambda: tiny_lavin(mma={"target_modules": r".*language_model.*q_proj"}), "text", "unknown maps"),
     ],
-    ids=["modality", "no adapter", "vision only", "other targets"],
+    ids=["modality", "no adapter", "vision only"],
 )
 def test_what_cannot_be_folded(prepare, modality, message):
     with pytest.raises(ValueError, match=message):
@@ -122,7 +121,7 @@ def test_a_map_with_another_adapter_is_not_folded():
     inputs = batch(model.config, (1, 0))
     before = model(**inputs).logits
     for fold in (model.fold, lambda: model.merge_modality("text")):
-        with pytest.raises(ValueError, match="q_proj has another adapter"):
+        with pytest.raises(ValueError, match="has another adapter"):
             fold()
     assert torch.equal(model(**inputs).logits, before)
 
