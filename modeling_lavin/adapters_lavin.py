@@ -6,6 +6,8 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
+from .tuner_lavin import all_or_nothing
+
 
 class LavinAdapterMixin:
     """
@@ -19,22 +21,25 @@ class LavinAdapterMixin:
         return next(layer.active_adapters for layer in self._adapted() if isinstance(layer, BaseTunerLayer))
 
     def add_adapter(self, adapter_config: PeftConfig, adapter_name: str | None = None):
-        """Adds a new adapter, named "default" by default, and makes it the active one."""
+        """Adds a new adapter, named "default" by default, and makes it the active one. No other type beside MMA."""
         adapter_name = adapter_name or "default"
         if not isinstance(adapter_config, PeftConfig):
             raise TypeError(f"`adapter_config` must be a PeftConfig, got {type(adapter_config).__name__}.")
         if adapter_name in getattr(self, "peft_config", {}):
             raise ValueError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        check_no_mma(self, adapter_config)
         adapter_config.base_model_name_or_path = self.name_or_path
-        inject_adapter_in_model(adapter_config, self, adapter_name)
-        self._hf_peft_config_loaded = True
-        self.set_adapter(adapter_name)
+        with all_or_nothing(self):
+            inject_adapter_in_model(adapter_config, self, adapter_name)
+            self._hf_peft_config_loaded = True
+            self.set_adapter(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str]):
         """Makes an adapter the active one. One that was loaded for inference stays frozen."""
         self._check_adapters(adapter_name)
-        for module in self._adapted():
-            module.set_adapter(adapter_name)
+        with all_or_nothing(self):
+            for module in self._adapted():
+                module.set_adapter(adapter_name)
         self._freeze_inference_adapters()
 
     def enable_adapters(self):
@@ -99,3 +104,21 @@ def unwrap_adapters(model):
                 setattr(module, name, child.base_layer)
         if "routing" in vars(module):
             module.routing.layers.clear()
+
+
+def is_mma(adapter) -> bool:
+    return adapter.peft_type.value == "MMA"
+
+
+def check_no_mma(model, adapter):
+    """
+    Raises:
+        `ValueError`: if an adapter of another type would come beside an MMA adapter: only one of them would act, and
+            what is trained with MMA would go with neither.
+    """
+    names = [name for name, own in getattr(model, "peft_config", {}).items() if is_mma(own)]
+    if names and hasattr(adapter, "peft_type") and getattr(adapter.peft_type, "value", adapter.peft_type) != "MMA":
+        raise ValueError(
+            f"This model has an MMA adapter ({', '.join(names)}), beside which no {adapter.__class__.__name__} can be "
+            f"added: delete it first (`delete_adapter({names[0]!r})`), or load the base without it."
+        )

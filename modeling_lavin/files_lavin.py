@@ -143,7 +143,7 @@ def read_json(file: str) -> dict:
     """
     try:
         content = json.loads(read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets in brackets without end
         raise ValueError(DAMAGED.format(file=file, cause=error)) from error
     if not isinstance(content, dict):
         raise ValueError(DAMAGED.format(file=file, cause="it holds no JSON object"))

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from .adapters_lavin import LavinAdapterMixin
+from .adapters_lavin import LavinAdapterMixin, check_no_mma, is_mma
 from .card_lavin import write_card
 from .configuration_lavin import CHECKPOINTS, OWN_FIELDS, LavinConfig, vision_part
 from .files_lavin import DAMAGED, find_file, read_adapter, read_json, staged, write_adapter
@@ -40,7 +40,7 @@ from .trainable_lavin import (
     set_trainable,
     trained_names,
 )
-from .tuner_lavin import MMAConfig, adapter_tensors, check_not_diverged, find_lavin, lift_to_float32
+from .tuner_lavin import MMAConfig, adapter_tensors, all_or_nothing, check_not_diverged, find_lavin, lift_to_float32
 from .versions_lavin import check_versions
 
 
@@ -66,6 +66,11 @@ AUTO_MAP = {
     "AutoProcessor": "processing_lavin.LavinProcessor",
 }
 MARK = {"format": "pt", "adapter": f"in {ADAPTER_NAME}/; this file has no tensors"}
+PEFT_SAVES = ("push_to_hub", "repo_id", "token", "private", "variant")
+NO_VARIANT = (
+    "LaVIN folders have no `variant`: load and save without it. `from_pretrained(..., dtype=...)` chooses the dtype "
+    "of weights; those of another dtype go to a folder of their own."
+)
 BASE_KEY = "base_model.model."  # PEFT writes adapter keys as a PeftModel names them
 
 
@@ -123,7 +128,8 @@ class LavinFolderMixin(LavinAdapterMixin):
             del kwargs["dtype"]
         config = kwargs.pop("config", None)
         if getattr(config, "model_type", None) != LavinConfig.model_type:  # another import's LavinConfig will do
-            find_file(name, "config.json", hub)  # says which file is missing where the Hub is out of reach
+            if file := find_file(name, "config.json", hub):  # says what is missing where the Hub is out of reach
+                read_json(file)
             found = LavinConfig.get_config_dict(name, **hub)[0].get("model_type")
             if found != LavinConfig.model_type:
                 raise ValueError(
@@ -136,6 +142,12 @@ class LavinFolderMixin(LavinAdapterMixin):
         for kind in CHECKPOINTS:  # the Auto classes set such arguments on the config as they are
             source = kwargs.pop(kind, getattr(config, kind))
             setattr(config, kind, {"name": source, "revision": None} if isinstance(source, str) else source)
+        if os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
+            raise ValueError(
+                f"{name} has an {ADAPTER_CONFIG} at its root, where transformers takes the whole folder for an "
+                f"adapter of something else. Move it, with its weights, to {ADAPTER_NAME}/ if it is an MMA adapter's, "
+                "else to a folder of its own, for `load_adapter` or `PeftModel.from_pretrained`."
+            )
         has_adapter = find_file(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
         if peft is not None and has_adapter:
             raise ValueError(f"{name} holds an MMA adapter ({ADAPTER_NAME}/): name its base to train another on it.")
@@ -168,7 +180,8 @@ class LavinFolderMixin(LavinAdapterMixin):
                 )
         if not with_info:  # who asks for the loading info looks at it
             _check_complete(info, name)
-        if not full and model.can_generate() and find_file(name, "generation_config.json", hub):
+        if not full and model.can_generate() and (file := find_file(name, "generation_config.json", hub)):
+            read_json(file)
             model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         model._is_full_folder = full
         model.source = (str(name), hub)
@@ -252,21 +265,26 @@ class LavinFolderMixin(LavinAdapterMixin):
                 An empty or new folder, or one of a LaVIN.
             full (`bool`, *optional*):
                 Whether the base weights are written. By default they are, except where the model has an adapter and
-                its base can be named: then the folder is light, some MB. A base that was trained cannot be named.
+                its base can be named: then the folder is light, some MB. A base that was trained, or has other shapes
+                than what was loaded (`resize_token_embeddings`), cannot be named.
             kwargs:
                 As of [`PreTrainedModel.save_pretrained`]; `push_to_hub=True` uploads the folder afterwards.
 
         Raises:
+            `ValueError`: if a light folder is asked for, and would lose what was changed in the base. Nothing has been
+                written then.
             `FloatingPointError`: if what was trained, or the output of the last training forward, holds NaN or
                 infinity. Nothing has been written then.
         """
+        if kwargs.pop("variant", None):
+            raise ValueError(NO_VARIANT)
         push_to_hub, token = kwargs.pop("push_to_hub", False), kwargs.pop("token", None)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
         upload = {key: kwargs.pop(key) for key in ("private", "commit_message") if key in kwargs}
         check_output_folder(save_directory)
         config, adapters = self.config, getattr(self, "peft_config", {})
         adapters = {name: adapter for name, adapter in adapters.items() if not hasattr(adapter, "copy_of")}
-        others = [f"{name} ({adapter.peft_type.value})" for name, adapter in adapters.items() if not _is_mma(adapter)]
+        others = [f"{name} ({adapter.peft_type.value})" for name, adapter in adapters.items() if not is_mma(adapter)]
         if others:
             raise ValueError(
                 f"A LaVIN folder holds MMA adapters only, and this model has {', '.join(others)}: save "
@@ -278,6 +296,11 @@ class LavinFolderMixin(LavinAdapterMixin):
             raise ValueError(
                 "A light folder would name the checkpoints that this base was trained from, and lose the training: "
                 "save it with `full=True`."
+            )
+        elif not full and (other := _reshaped(self)):
+            raise ValueError(
+                f"A light folder would lose what was done to its base: {other} has another shape than the checkpoint "
+                "that was loaded (`resize_token_embeddings`, or layers taken out). Save it with `full=True`."
             )
         elif not full and not _is_nameable(config):
             raise ValueError(
@@ -446,17 +469,21 @@ class LavinFolderMixin(LavinAdapterMixin):
             raise ValueError("Pass a folder or a Hub name, or both `peft_config` and `adapter_state_dict`.")
         adapter_name = adapter_name or ADAPTER_NAME
         hub = {**{key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}, **(adapter_kwargs or {})}
+        if kwargs.get("subfolder"):
+            hub["subfolder"] = kwargs.pop("subfolder")
         if peft_config is None:
             folder = hub.pop("subfolder", None)
             if folder is None:
                 folder = ADAPTER_NAME if find_file(peft_model_id, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) else ""
             peft_config = _stored_config(peft_model_id, folder, hub)
-            if not _is_mma(peft_config):
+            if not is_mma(peft_config):
+                check_no_mma(self, peft_config)
                 return super().load_adapter(
                     peft_model_id, adapter_name, is_trainable=is_trainable, adapter_kwargs=adapter_kwargs, **kwargs
                 )
             adapter_state_dict = _adapter_weights(peft_model_id, folder, hub)
         elif getattr(peft_config, "peft_type", "MMA") != "MMA":
+            check_no_mma(self, peft_config)
             return super().load_adapter(
                 peft_model_id, adapter_name, peft_config=peft_config, adapter_state_dict=adapter_state_dict, **kwargs
             )
@@ -465,17 +492,11 @@ class LavinFolderMixin(LavinAdapterMixin):
         if adapter_name in getattr(self, "peft_config", {}):
             raise ValueError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
         peft_config.inference_mode = not is_trainable
-        before = _active_adapter(self)
-        inject_adapter_in_model(peft_config, self, adapter_name)
-        self._hf_peft_config_loaded = True
-        try:
+        with all_or_nothing(self):
+            inject_adapter_in_model(peft_config, self, adapter_name)
+            self._hf_peft_config_loaded = True
             set_adapter_weights(self, adapter_state_dict, adapter_name)
-        except ValueError:
-            if before is not None:
-                self.set_adapter(before)
-            self.delete_adapter(adapter_name)
-            raise
-        self.set_adapter(adapter_name)
+            self.set_adapter(adapter_name)
         if not is_trainable:
             self.eval()
 
@@ -528,7 +549,7 @@ class LavinPeftModel(PeftModel):
         if is_new and adapter_name == "default" and _is_marked(model_id):
             return result  # Trainer, which goes on from a checkpoint, and loads `mma/` next
         config, weights = _stored_config(model_id, folder, hub), _adapter_weights(model_id, folder, hub)
-        if not _is_mma(config):
+        if not is_mma(config):
             raise ValueError(f"{model_id} holds a {config.peft_type.value} adapter: beside MMA, train on its own.")
         config.inference_mode = not is_trainable
         if is_new:
@@ -553,7 +574,7 @@ class LavinPeftModel(PeftModel):
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, full=None, **kwargs):
         full = False if full is None and _can_be_light(self.get_base_model()) else full
-        kwargs = {key: value for key, value in kwargs.items() if key in ("push_to_hub", "repo_id", "token", "private")}
+        kwargs = {key: value for key, value in kwargs.items() if key in PEFT_SAVES}
         self.get_base_model().save_pretrained(
             save_directory, full=full, is_main_process=is_main_process, state_dict=state_dict, **kwargs
         )
@@ -562,7 +583,7 @@ class LavinPeftModel(PeftModel):
             save_file({}, Path(save_directory, ADAPTER_WEIGHTS), metadata=MARK)
 
     def push_to_hub(self, repo_id: str, **kwargs):
-        kwargs.setdefault("full", False)
+        kwargs.setdefault("full", False if _can_be_light(self.get_base_model()) else None)
         return self.get_base_model().push_to_hub(repo_id, **kwargs)
 
 
@@ -578,10 +599,6 @@ def _active_adapter(model) -> str | None:
     return next((module.active_name for module in model.modules() if hasattr(module, "adapter_down")), None)
 
 
-def _is_mma(adapter) -> bool:
-    return adapter.peft_type.value == "MMA"
-
-
 def _is_nameable(config) -> bool:
     return bool(config.base_checkpoint or (config.text_checkpoint and config.vision_checkpoint))
 
@@ -589,7 +606,19 @@ def _is_nameable(config) -> bool:
 def _can_be_light(model) -> bool:
     """Whether the base's weights are those of the checkpoints it names: frozen, that is, and not trained before."""
     trained = any(p.requires_grad for n, p in model.named_parameters() if _base_name(n) is not None)
-    return _is_nameable(model.config) and not trained and not getattr(model, "trained_base", None)
+    return _is_nameable(model.config) and not (trained or getattr(model, "trained_base", None) or _reshaped(model))
+
+
+def _shapes(model) -> dict[str, tuple]:
+    """Of the base's weights (of quantised ones kernels change it)."""
+    named = ((_base_name(name), p) for name, p in model.named_parameters() if p.is_floating_point())
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named if name is not None}
+
+
+def _reshaped(model) -> str | None:
+    """A weight of the base whose shape is not that of the checkpoint that was loaded."""
+    loaded, now = getattr(model, "loaded_shapes", {}), _shapes(model)
+    return next((name for name, shape in loaded.items() if now.get(name) != shape), None)
 
 
 def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=None, **overrides):
@@ -722,6 +751,8 @@ def _check_ways(mma, trainable, peft, kwargs: dict):
     Raises:
         `ValueError`: if there are two ways to train, or `trainable` is for weights that will be quantised.
     """
+    if kwargs.get("variant"):
+        raise ValueError(NO_VARIANT)
     if peft is not None and (mma is not None or trainable is not None):
         raise ValueError("`peft`, `mma` and `trainable` are three ways to train a model: pass one of them.")
     if trainable is None:
@@ -736,6 +767,7 @@ def _check_ways(mma, trainable, peft, kwargs: dict):
 def _freeze(model):
     """All but what `trainable` names."""
     model.requires_grad_(False)
+    model.loaded_shapes = _shapes(model)
     patterns = vars(model.config).pop("trained_patterns", None)
     if patterns is not None:
         set_trainable(model, trained_names(model, patterns))

@@ -246,7 +246,7 @@ def _all_in_eval(model):
     finally:
         for module, mode in modes:
             module.training = mode
-        model.model.routing.kept = None
+        model.model.routing.forget()
 
 
 def _check_fold(layer, names: list[str], rows: torch.Tensor, args: tuple, kwargs: dict):

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
@@ -144,6 +145,23 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """Whether missing weights are set module by module only, which passes over what CLIP sets as a whole."""
         return False  # `_init_weights` here and of the towers leave loaded weights alone by themselves
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As in transformers. A base that was resized is saved whole, beside its adapter."""
+        if any(
+            isinstance(m, ModulesToSaveWrapper) for m in (self.get_input_embeddings(), self.get_output_embeddings())
+        ):
+            raise ValueError(
+                "An adapter trains the embedding or the head (`modules_to_save`): resize before it is added."
+            )
+        before, image = self.config.text_config.vocab_size, self.config.image_token_id
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        if before <= image < embedding.num_embeddings:
+            logger.warning(
+                f"Row {image} is the image token's, and never generated. Add tokens to the tokenizer of LaVIN's own "
+                "processor, which counts it: in another one the first new token would have this id."
+            )
+        return embedding
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):

@@ -1,6 +1,7 @@
 """The PEFT type `MMA`: Mixture-of-Modality Adapters (LaVIN, arXiv 2305.15023, sections 3.1 and 3.2)."""
 
 import contextlib
+import copy
 import math
 import os
 import re
@@ -311,6 +312,52 @@ def computing_device(module: nn.Module) -> torch.device:
     return device
 
 
+SWITCHES = ("_active_adapter", "_disable_adapters", "_adapters", "adapter_config", "peft_config", "training")
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module):
+    """Where an adapter is added or switched: after an error the model computes what it did before."""
+    modules = [
+        (module, dict(module._modules), {key: copy.copy(vars(module)[key]) for key in SWITCHES if key in vars(module)})
+        for module in model.modules()
+    ]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    routing = find_lavin(model).routing
+    layers, loaded = list(routing.layers), getattr(model, "_hf_peft_config_loaded", False)
+    try:
+        yield
+    except BaseException:
+        for module, children, switches in modules:
+            module._modules.clear()
+            module._modules.update(children)
+            for key in SWITCHES:
+                vars(module).pop(key, None)
+            vars(module).update(switches)
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+        routing.layers, model._hf_peft_config_loaded = layers, loaded
+        routing.forget()
+        raise
+
+
+def check_adapter_name(model: nn.Module, name: str):
+    """
+    Raises:
+        `ValueError`: if an adapter cannot be saved under this name.
+    """
+    if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+        raise ValueError(
+            f"{name!r} cannot name an adapter, which is saved in a folder of its name: use letters, digits, `_` and "
+            "`-` only."
+        )
+    own = (
+        key.split(".") for key, _ in model.named_modules() if ".adapter_" not in key and ".modules_to_save." not in key
+    )
+    if hasattr(nn.ModuleDict(), name) or any(name in parts for parts in own):
+        raise ValueError(f"{name!r} cannot name an adapter, as something in the model has that name: choose another.")
+
+
 def bring_in(model: nn.Module, names: list[str]):
     """
     Gives the modules of these names weights of their own, where they compute, in place of weights that accelerate
@@ -584,9 +631,16 @@ class MMAModel(BaseTuner):
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         find_lavin(model).routing.check_not_folded()
         self.empty = kwargs.get("low_cpu_mem_usage", False)
-        bring_in(model, self.peft_config[adapter_name].modules_to_save)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        lift_to_float32(model, adapter_name)
+        try:
+            check_adapter_name(model, adapter_name)
+            bring_in(model, self.peft_config[adapter_name].modules_to_save)
+            with all_or_nothing(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                lift_to_float32(model, adapter_name)
+        except BaseException:
+            for holder in (self, model):
+                vars(holder).get("peft_config", {}).pop(adapter_name, None)
+            raise
 
     def _mark_only_adapters_as_trainable(self, model):
         own = [module for module in model.modules() if isinstance(module, MMALayer | ModulesToSaveWrapper)]
@@ -644,6 +698,12 @@ class MMAModel(BaseTuner):
                 "Call `set_adapter(name)` and run the rows of each adapter together."
             )
         yield
+
+    def add_weighted_adapter(self, *args, **kwargs):
+        raise ValueError(
+            "MMA adapters cannot be mixed by weights: each routes by its own router, and maps one after the other are "
+            "not linear in them. Set one of them with `set_adapter(name)`, or train one on the data of both."
+        )
 
     def merge_modality(self, modality: str) -> nn.Module:
         """See `LavinForConditionalGeneration.merge_modality`."""
