@@ -478,15 +478,16 @@ class LavinFolderMixin(LavinAdapterMixin):
             peft_config = _stored_config(peft_model_id, folder, hub)
             if not is_mma(peft_config):
                 check_no_mma(self, peft_config)
-                return super().load_adapter(
-                    peft_model_id, adapter_name, is_trainable=is_trainable, adapter_kwargs=adapter_kwargs, **kwargs
-                )
+                with all_or_nothing(self):
+                    return super().load_adapter(
+                        peft_model_id, adapter_name, is_trainable=is_trainable, adapter_kwargs=adapter_kwargs, **kwargs
+                    )
             adapter_state_dict = _adapter_weights(peft_model_id, folder, hub)
         elif getattr(peft_config, "peft_type", "MMA") != "MMA":
             check_no_mma(self, peft_config)
-            return super().load_adapter(
-                peft_model_id, adapter_name, peft_config=peft_config, adapter_state_dict=adapter_state_dict, **kwargs
-            )
+            given = {"peft_config": peft_config, "adapter_state_dict": adapter_state_dict}
+            with all_or_nothing(self):
+                return super().load_adapter(peft_model_id, adapter_name, **given, **kwargs)
         elif isinstance(peft_config, dict):
             peft_config = MMAConfig(**{k: v for k, v in peft_config.items() if k not in ("peft_type", "task_type")})
         if adapter_name in getattr(self, "peft_config", {}):

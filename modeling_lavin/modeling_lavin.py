@@ -656,7 +656,8 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
             `attention_bias=True`.
 
         Raises:
-            `ValueError`: if the architecture's maps take no bias, the base is quantised, or no adapter is active.
+            `ValueError`: if the architecture's maps take no bias, an adapted input goes into anything but linear maps,
+                the result would compute something else, the base is quantised or offloaded, or no adapter is active.
         """
         return fold_modality(self, modality)
 
@@ -665,15 +666,16 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         Folds the language model's active adapter into its own maps, in place, for both modalities: each map that reads
         an adapted input gets one weight for text and one for prompts with an image, and every row goes through its
         own. Generation then costs what the base's does (some percent more in a batch that mixes both); the memory of
-        those maps doubles, a quarter of a Llama's. Any decoder can be folded so, biases or not. The vision tower's
-        adapters route by token and stay.
+        those maps doubles, a quarter of a Llama's. The maps are found by following the adapted input through forwards,
+        and each folded module is compared with what it was. The vision tower's adapters route by token and stay.
 
         Returns:
             [`LavinForConditionalGeneration`]: this model, in eval mode. From here on it cannot be trained or saved,
             and adapters can neither be switched nor added.
 
         Raises:
-            `ValueError`: if the base is quantised, no adapter is active, or it is folded already. Nothing has changed
+            `ValueError`: if an adapted input goes into anything but linear maps (a norm, experts, a residual inside),
+                the base is quantised or offloaded, no adapter is active, or it is folded already. Nothing has changed
                 then.
         """
         return fold_both(self)
