@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart tasks test compat conformance faults quality bench ablation clean
+.PHONY: quickstart tasks test compat conformance families faults quality bench ablation clean
 
 quickstart: $(VENV)/.train  ## train and test a tiny LaVIN on this machine; ARGS="--image FILE" asks about your own image
 	$(VENV)/bin/lavin quickstart $(ARGS)
@@ -22,6 +22,9 @@ compat: $(VENV)/.dev  ## the tests on the oldest and newest supported transforme
 
 conformance: $(VENV)/.dev  ## transformers' and PEFT's own common suites on LaVIN, and on LLaVA and LoRA beside it
 	$(VENV)/bin/python tests/conformance $(ARGS)
+
+families: $(VENV)/.dev  ## every decoder and every tower of the installed transformers: docs/families.md
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/families $(ARGS)
 
 faults: $(VENV)/.dev  ## bad input, damaged files, kills, full disks, no network: outputs/faults/table.md says what happened
 	HF_HUB_OFFLINE=1 LAVIN_FAULTS=1 $(VENV)/bin/python -m pytest -q tests/test_faults_*.py tests/test_soak.py $(ARGS)

@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import inspect
 
 import torch
 import transformers
 from packaging.version import Version
-from transformers import GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
@@ -41,8 +43,24 @@ def context_length(config) -> int | None:
     return length
 
 
+def text_architecture(config) -> type:
+    """The class that generates with the language model alone, which says how; of one without a head its decoder's."""
+    kind = type(config.get_text_config())
+    return AutoModelForCausalLM._model_mapping.get(kind, None) or AutoModel._model_mapping[kind]
+
+
 class LavinGenerationMixin(GenerationMixin):
     """What a LaVIN adds to transformers' generation."""
+
+    def create_masks_for_generate(self, config, **kwargs):
+        """The masks of a static cache, made as the language model's own class makes them."""
+        text = text_architecture(config)
+        own = inspect.getattr_static(text, "create_masks_for_generate", staticmethod(create_masks_for_generate))
+        return own.__get__(self, text)(config=config.get_text_config(), **kwargs)
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Whether `generate` makes the cache, rather than the language model one of its own class."""
+        return text_architecture(self.config)._supports_default_dynamic_cache()
 
     @torch.no_grad()
     def generate(self, *args, **kwargs):

@@ -24,7 +24,7 @@ from .cache_lavin import CACHE, cached_modality, carry_modality
 from .configuration_lavin import LavinConfig, check_image_size, patches_per_side, sides
 from .folder_lavin import LavinFolderMixin
 from .folding_lavin import fold_both, fold_modality, rows_of
-from .generation_lavin import LavinGenerationMixin, flat_features
+from .generation_lavin import LavinGenerationMixin, flat_features, text_architecture
 from .loss_lavin import frozen_head, frozen_head_loss, next_labels
 from .projector_lavin import LavinMultiModalProjector, draw_projector
 from .tuner_lavin import FOLDED, MMARouting, alone, computing_device, find_blocks
@@ -37,6 +37,18 @@ FROZEN = (
     "(`from_pretrained(..., mma={})`; in a YAML for `trl sft`: `model_init_kwargs: {mma: {}}`) to train its adapter, "
     "or with `trainable=[regex, ...]` in its place to train parts of the base."
 )
+# What transformers reads off a model's class and its two towers decide: the first by the language model, with which a
+# LaVIN generates, the others by both.
+TEXT_FLAGS = (
+    "_is_stateful",
+    "_can_compile_fullgraph",
+    "_supported_generation_modes",
+    "_supports_attention_backend",
+    "_supports_context_parallel",
+    "_compatible_flash_implementations",
+    "supports_gradient_checkpointing",
+)
+ATTENTION_FLAGS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
 TOWER_OUTPUTS = ("output_hidden_states", "output_attentions")
 IMAGE_AFTER_TEXT = (
     "An image after a cached prefix without one: the prefix was computed as text only and cannot be made right "
@@ -122,11 +134,10 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
         r"modality_embedding\..*",
         r"vision_tower\.(vision_model\.)?(pooler|head)\.",  # never read, and a classifier's checkpoint has none
     ]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
+
+    def __init__(self, config: LavinConfig, *args, **kwargs):
+        vars(self).update(architecture_flags(config))  # read by what follows
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -175,6 +186,13 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
         routing = getattr(self, self.base_model_prefix, self).routing
         routed = functools.partial(checkpoint_routed, routing, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=routed, **kwargs)
+
+
+def architecture_flags(config: LavinConfig) -> dict:
+    """What a LaVIN of these two towers can do, as their own classes say."""
+    text, vision = text_architecture(config), AutoModel._model_mapping[type(config.vision_config)]
+    flags = {name: getattr(text, name) for name in TEXT_FLAGS if hasattr(text, name)}
+    return {**flags, **{name: getattr(text, name) and getattr(vision, name) for name in ATTENTION_FLAGS}}
 
 
 def checkpoint_routed(routing: MMARouting, checkpoint_function, function, *args, **kwargs):

@@ -550,6 +550,24 @@ def find_blocks(tower: nn.Module) -> tuple[str, list[nn.Module]]:
     return name, list(blocks)
 
 
+def _names_in(blocks: list[nn.Module], known: tuple[str, ...]) -> list[str]:
+    """
+    The names under which all blocks have a module of a kind. In a hybrid, what stands in the place of the attention of
+    the other blocks (linear attention, a state space, a convolution) is the one child that these do not have. Where a
+    block has several in a list, each of them is meant.
+    """
+    children = [{name for name, _ in block.named_children()} for block in blocks]
+    name = next((name for name in known if any(name in own for own in children)), None)
+    if name is None:
+        return []
+    others = set().union(*(own for own in children if name in own))
+    places = [[name] if name in own else sorted(own - others) for own in children]
+    if not all(len(place) == 1 for place in places):
+        return []
+    found = {(place, getattr(block, place)) for block, (place,) in zip(blocks, places, strict=True)}
+    return sorted({place + r"\.\d+" * isinstance(module, nn.ModuleList) for place, module in found})
+
+
 def default_target_modules(lavin: nn.Module, config: MMAConfig) -> str:
     """
     A regex for the attention (and, on request, MLP) modules of both towers.
@@ -562,7 +580,7 @@ def default_target_modules(lavin: nn.Module, config: MMAConfig) -> str:
         stack, blocks = find_blocks(getattr(lavin, tower))
         names = []
         for kind, known in (("attention", ATTENTION_NAMES), ("MLP", MLP_NAMES))[: 1 + with_mlp]:
-            found = [name for name in known if blocks and all(hasattr(block, name) for block in blocks)]
+            found = _names_in(blocks, known)
             if not found:
                 candidates = sorted({name for block in blocks for name, _ in block.named_children()})
                 raise ValueError(
@@ -570,7 +588,7 @@ def default_target_modules(lavin: nn.Module, config: MMAConfig) -> str:
                     f"`{stack or 'its modules'}`: {candidates}. Name them in `target_modules`, e.g. "
                     f"`target_modules='.*{tower}.*[.]({'|'.join(candidates[:2])})'`."
                 )
-            names.append(found[0])
+            names += found
         patterns.append(rf"{tower}\.{re.escape(stack)}\.\d+\.({'|'.join(names)})")
     return rf"(.*\.)?({'|'.join(patterns)})"
 
