@@ -138,11 +138,6 @@ class LavinConfig(PreTrainedConfig):
     def _check_ranges(self):
         if not hasattr(self.text_config, "vocab_size"):
             raise ValueError(f"`text_config` must be of a language model, got a {self.text_config.model_type}.")
-        if getattr(self.text_config, "hidden_size_per_layer_input", 0):
-            raise ValueError(
-                f"A {self.text_config.model_type} reads its token ids in every layer (`hidden_size_per_layer_input`), "
-                "and image tokens have none: take a checkpoint of the family that does not, or another family."
-            )
         for name in ("projector_hidden_size", "pool_size", "image_token_id"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be a whole number, got {getattr(self, name)!r}.")

@@ -443,7 +443,7 @@ class LavinModel(LavinPreTrainedModel):
                 routing.weights = routing.rows = None
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.last_finite = outputs.last_hidden_state.detach().isfinite().all()
-        cache = getattr(outputs, CACHE)
+        cache = getattr(outputs, CACHE, cache)  # some decoders only write into it
         if cache is not None:
             if not torch.compiler.is_compiling():
                 carry_modality(cache)

@@ -561,7 +561,10 @@ def _names_in(blocks: list[nn.Module], known: tuple[str, ...]) -> list[str]:
     if name is None:
         return []
     others = set().union(*(own for own in children if name in own))
-    places = [[name] if name in own else sorted(own - others) for own in children]
+    places = []
+    for block, own in zip(blocks, children, strict=True):
+        parts = {child for child in own - others if any(getattr(block, child).children())}  # norms have none
+        places.append([name] if name in own else sorted(parts))
     if not all(len(place) == 1 for place in places):
         return []
     found = {(place, getattr(block, place)) for block, (place,) in zip(blocks, places, strict=True)}

@@ -8,7 +8,7 @@ from families.walk import Walk
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 
-FAST = ("llama", "gpt2", "qwen3_5_text", "mixtral")
+FAST = ("llama", "qwen3_5_text")
 ANY_TOWER = sorted({name[0] for name in MODEL_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()})
 
 
@@ -56,10 +56,9 @@ def test_every_tower(walk, letter):
     assert not wrong
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "granitemoehybrid", "jamba"])
-def test_a_stateful_language_model_is_not_decoded_with_drafts(walk, family):
+def test_a_stateful_language_model_is_not_decoded_with_drafts(walk):
     """Its state cannot go back to before a draft that was wrong: transformers refuses, for the base and for LaVIN."""
-    row, _ = walk.row("text", family)
+    row, _ = walk.row("text", "jamba")
     check(row)
     for column in ("lookup", "assisted"):
         verdict, why = row.cells[column]

@@ -83,18 +83,23 @@ TEXT_HINTS = {
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
     "xmod": {"default_language": "en_XX"},
     "xlstm": {"qk_dim_factor": 1.0, "num_heads": 2},
-    "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "mamba", "hybrid", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layer_types": ["mamba", "mamba", "hybrid", "hybrid"],
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * WIDTH // HEADS,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 TOWER_HINTS = {}
-PATTERNS = (
-    "layer_types",
-    "layers_block_type",
-    "block_types",
-    "layer_block_types",
-    "mlp_layer_types",
-    "attention_layers",
-)
+# What stands before the blocks' attention, where LaVIN asks for it (`target_modules`).
+TEXT_TARGETS = {
+    "dbrx": "norm_attn_norm.attn",
+    "nemotron_h": "mixer",
+    "recurrent_gemma": "temporal_block",
+    "zamba2": "(mamba|mamba_decoder.mamba)",
+}
+PATTERNS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "attention_layers")
 DEPTH = RULES[2][0]
 
 
@@ -114,13 +119,8 @@ def rows_of_layers(config: PreTrainedConfig, given: dict, depth: int | None) -> 
     """What is listed for each layer, cut down to a few layers that have every kind; and their number."""
 
     def is_pattern(value):
-        return (
-            depth
-            and isinstance(value, list | tuple)
-            and len(value) == depth
-            and value != list(range(depth))
-            and all(isinstance(x, str | int | bool) for x in value)
-        )
+        listed = depth and isinstance(value, list | tuple) and len(value) == depth and value != list(range(depth))
+        return listed and all(isinstance(x, str | int | bool) for x in value)
 
     fields = {name: list(value) for name, value in given.items() if is_pattern(value)}
     computed = {name: list(read(config, name)) for name in PATTERNS if is_pattern(read(config, name))}

@@ -10,8 +10,9 @@ from .verdicts import AS_BASE, NOT_APPLICABLE, REFUSED, RIGHT, WRONG, Row
 VERDICTS = (RIGHT, AS_BASE, REFUSED, NOT_APPLICABLE, WRONG)
 SIGNS = {RIGHT: "✓", AS_BASE: "=", REFUSED: "–", NOT_APPLICABLE: "·", WRONG: "**wrong**"}
 MEANING = {
-    "off": "without an adapter, bit for bit the family's own model: logits alone and in a padded batch, and what `generate` answers; of a tower, its last hidden state",
-    "adapter": "an adapter in both towers acts on text and on images (all columns from here on have a random one)",
+    "off": "without an adapter, bit for bit the family's own model: logits alone and in a padded batch, and greedy "
+    "answers; of a tower, its last hidden state",
+    "adapter": "an adapter in both towers acts, on text and on images (from here on with random weights)",
     "gradients": "every trained weight gets a gradient, no frozen one does",
     "checkpointing": "gradient checkpointing gives the same gradients",
     "batch": "rows with and without an image in one batch, as each alone",
@@ -19,25 +20,27 @@ MEANING = {
     "right": "padded on the right, as alone",
     "cached": "logits step by step with the cache, as of the whole sequence at once",
     "beams": "beam search in a batch, as alone",
-    "sampling": "the same seed gives the same answer",
+    "sampling": "the same seed gives the same answers",
     "lookup": "prompt lookup answers as greedy decoding",
     "assisted": "with an assistant, as greedy decoding",
     "static": "with a static cache, as with the default one",
     "save": "saved light and full, and loaded again: the same logits",
-    "fold": "`merge_modality` for both modalities and `fold()`: the same logits",
+    "fold": "`merge_modality` for both modalities, and `fold()`: the same logits",
 }
 INTRODUCTION = """# Any encoder with any decoder
 
-Every language model and every vision tower of the installed transformers, tried in a LaVIN: `make families` makes a
-tiny random checkpoint of each from its default configuration, writes it to disk, and fills its row. Families of a
-newer transformers appear by themselves; `tests/test_families.py` runs the same.
+Every language model and every vision tower of the installed transformers in a LaVIN: `make families` makes a tiny
+random checkpoint of each from its default configuration, writes it to disk, loads it with a CLIP tower (a tower: with
+a Llama), and fills its row. Families of a newer transformers appear by themselves; `tests/test_families.py` runs the
+same.
 
-transformers {transformers}, PEFT {peft}, torch {torch}; a language model is tried with a CLIP tower, a tower with a Llama.
+transformers {transformers}, PEFT {peft}, torch {torch}.
 """
+HEAD = ("families", "load", "all right", "refused", "not applicable", "cells right", "as the base", "refused", "wrong")
 
 
 def counts(title: str, rows: list[Row]) -> str:
-    """How many rows have at least one cell of a kind, by the worst of each row."""
+    """A line of the counts: of whole rows and of cells."""
     whole = {verdict: sum({v for v, _ in row.cells.values()} == {verdict} for row in rows) for verdict in VERDICTS}
     cells = {verdict: sum(v == verdict for row in rows for v, _ in row.cells.values()) for verdict in VERDICTS}
     works = sum(row.cells["off"][0] in (RIGHT, AS_BASE) for row in rows)

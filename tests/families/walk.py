@@ -27,6 +27,9 @@ CLIP = {
 }
 
 
+KINDS = {"text": (text_row, TEXT_COLUMNS, "clip"), "tower": (tower_row, TOWER_COLUMNS, "llama")}
+
+
 class Walk:
     """A context that makes rows: `row("text", "llama")`."""
 
@@ -49,13 +52,10 @@ class Walk:
 
     def row(self, kind: str, family: str) -> tuple[Row, float]:
         """A family's row, and how long it took."""
-        started, folder = time.perf_counter(), Path(f"{kind}-{family}")
-        columns, make, other = {
-            "text": (TEXT_COLUMNS, text_row, "clip"),
-            "tower": (TOWER_COLUMNS, tower_row, "llama"),
-        }[kind]
-        with nothing_said(), tempfile.TemporaryDirectory(prefix="row-", dir=".") as place_:
-            folder = Path(os.path.basename(place_))
+        started = time.perf_counter()
+        make, columns, other = KINDS[kind]
+        with nothing_said(), tempfile.TemporaryDirectory(prefix="row-", dir=".") as folder:
+            folder = Path(os.path.basename(folder))
             try:
                 row = make(family, Path(other), folder)
             except Exception as error:
