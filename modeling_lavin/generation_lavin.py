@@ -49,6 +49,18 @@ def text_architecture(config) -> type:
     return AutoModelForCausalLM._model_mapping.get(kind, None) or AutoModel._model_mapping[kind]
 
 
+def rope_switch(config) -> int | None:
+    """
+    The length beyond which a language model turns all of its positions otherwise, those in the cache included, and its
+    own class therefore drops the cache (Phi-3's long RoPE).
+    """
+    text, own = config.get_text_config(), text_architecture(config).prepare_inputs_for_generation
+    if (getattr(text, "rope_parameters", None) or {}).get("rope_type") != "longrope":
+        return None
+    switches = own is not GenerationMixin.prepare_inputs_for_generation
+    return getattr(text, "original_max_position_embeddings", None) if switches else None
+
+
 class LavinGenerationMixin(GenerationMixin):
     """What a LaVIN adds to transformers' generation."""
 
@@ -96,7 +108,19 @@ class LavinGenerationMixin(GenerationMixin):
                 f"The prompt has {length} tokens, and the language model's context holds {context}: shorten the "
                 "prompt or leave out earlier turns."
             )
+        generation_config._prompt_length = length
         return super()._prepare_generated_length(generation_config, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """An answer that goes beyond such a switch is made without a cache, which would hold the other positions."""
+        switch, cache = rope_switch(self.config), model_kwargs.get(CACHE)
+        if switch is not None and generation_config.max_length > switch:
+            start = (int(cache.get_seq_length()) if cache is not None else 0) or generation_config._prompt_length
+            if start <= switch:
+                model_kwargs.pop(CACHE, None)
+                generation_config.use_cache = False
+                generation_config.cache_implementation = None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """Fixes each row's modality from the whole prompt, before it is cut into chunks or down to its new part."""

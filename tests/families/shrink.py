@@ -97,6 +97,7 @@ TEXT_TARGETS = {
     "dbrx": "norm_attn_norm.attn",
     "nemotron_h": "mixer",
     "recurrent_gemma": "temporal_block",
+    "zamba": "(mamba|mamba_decoder.mamba)",
     "zamba2": "(mamba|mamba_decoder.mamba)",
 }
 PATTERNS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "attention_layers")
