@@ -34,6 +34,7 @@ class InputProbe(TorchFunctionMode):
     def __init__(self, layers):
         super().__init__()
         self.maps, self.calls = {layer.key: set() for layer in layers}, {}
+        self.ended = {}  # adapted inputs whose module has run, each with its layer
         self.running = []  # of each layer whose module runs: itself, the adapted input, and what is the same as it
         self.modules = []  # names of the modules that run in it
         self.inside = None  # the linear map that runs
@@ -83,15 +84,21 @@ class InputProbe(TorchFunctionMode):
 
     def _ended(self, module, args, output):
         layer, _, same = self.running.pop()
+        self.ended.update({key: (layer, value) for key, value in same.items()})  # held, so that no other has its id
         if any(id(value) in same for value in tree_leaves(output)):
             self._refuse(layer, "comes out of it again")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        if self.running and self.inside is None:
-            layer, x, same = self.running[-1]
-            if any(id(value) in same for value in tree_leaves((args, kwargs))):
+        if self.inside is None:
+            # What takes another's shape or dtype reads no values of it.
+            read = args[:1] if function.__name__.endswith("_as") else (args, kwargs)
+            given = [id(value) for value in tree_leaves(read)]
+            layer, x, same = self.running[-1] if self.running else (None, None, {})
+            if any(key in same for key in given):
                 self._follow(function.__name__, layer, x, same, output)
+            if later := next((self.ended[key] for key in given if key in self.ended), None):
+                self._refuse(later[0], f"goes into `{function.__name__}` after it has run")
         return output
 
     def _follow(self, name, layer, x, same, output):

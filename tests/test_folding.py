@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TEXTS, batch, difference, fill, pixels, row, tiny_lavin, tiny_peft
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lavin import MMAConfig
@@ -140,6 +142,70 @@ def test_folded_for_both_modalities(text, mlp):
             assert difference(model(**inputs).logits[kept], logits[kept]) < 1e-4
         swapped = model(**cases[1], modality_ids=torch.tensor([1, 1])).logits
         assert difference(swapped, expected[1]) > 1e-2
+
+
+class Odd(nn.Module):
+    """An attention with something more that reads its input."""
+
+    def __init__(self, attention, reads):
+        super().__init__()
+        self.attention, self.reads = attention, reads
+        self.extra, self.norm = nn.Linear(32, 32, bias=False), nn.LayerNorm(32)
+        self.gain = nn.Parameter(torch.randn(32))
+
+    def forward(self, hidden_states, **kwargs):
+        output, weights = self.attention(hidden_states=hidden_states, **kwargs)
+        return output + self.reads(self, hidden_states), weights
+
+
+ODD = {
+    "a further map": (lambda m, x: m.extra(x), None),
+    "a map of a copy, flattened": (lambda m, x: m.extra(x.clone().reshape(-1, 32)).view_as(x), None),
+    "a map of what is masked": (lambda m, x: m.extra(x * (x.new_ones(x.shape[1]) != 0)[:, None]), "`mul`"),
+    "a parameter": (lambda m, x: x * m.gain, "`mul`"),
+    "a weight without its module": (lambda m, x: F.linear(x, m.extra.weight), "`linear`"),
+    "a norm": (lambda m, x: m.extra(m.norm(x)), "`layer_norm` in norm"),
+    "itself": (lambda m, x: x, "`add`"),
+    "a part": (lambda m, x: F.pad(x[..., :16], (0, 16)), "`__getitem__`"),
+    "other places": (lambda m, x: m.extra(x.transpose(0, 1)).transpose(0, 1), "`transpose`"),
+    "earlier places": (lambda m, x: m.extra(x.roll(1, 1)), "`roll`"),
+    "its sum": (lambda m, x: x.sum().item(), "`sum`"),
+    "a choice": (lambda m, x: m.extra(x) if x[0, 0, 0].item() > 0 else -m.extra(x), "`__getitem__`"),
+    "a change in place": (lambda m, x: m.extra(x.mul_(1)), "`mul_`"),
+    "a map that reads more": (lambda m, x: m.extra(x) + m.extra(m.gain), "reads other things too"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_reads_the_input_is_found(name):
+    reads, refusal = ODD[name]
+    model = tiny_lavin(adapter=False)
+    layer = model.model.language_model.layers[1]
+    layer.self_attn = Odd(layer.self_attn, reads)
+    peft = fill(get_peft_model(model, MMAConfig(), adapter_name="mma")).eval()
+    inputs = batch(model.config, (1, 0, 2))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        if refusal is None:
+            model.fold()
+            kept = inputs["attention_mask"].bool()
+            assert difference(model(**inputs).logits[kept], expected[kept]) < 1e-4
+            return
+        for fold in (model.fold, lambda: peft.merge_modality("text")):
+            with pytest.raises(ValueError, match=f"Cannot fold language_model.layers.1.self_attn.*{refusal}"):
+                fold()
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_single_maps_are_folded():
+    for target in (r".*language_model.*(q_proj|up_proj)", r".*language_model.*down_proj"):
+        with torch.no_grad():
+            model = tiny_lavin(mma={"target_modules": target})
+            inputs = batch(model.config, (1, 0, 2))
+            kept, expected = inputs["attention_mask"].bool(), model(**inputs).logits
+            ids, _, text = shown(model, "text")
+            assert difference(model.merge_modality("text")(input_ids=ids).logits, text) < 1e-4
+            assert difference(model.fold()(**inputs).logits[kept], expected[kept]) < 1e-4
 
 
 def test_a_folded_lavin_answers_200_prompts_alike():
