@@ -737,7 +737,8 @@ def set_adapter_weights(model, weights: dict[str, torch.Tensor], adapter_name: s
         for key, value in sorted(weights.items())  # a safetensors file has no order
         if key in own and own[key].shape != value.shape
     ]
-    problems += [f"{key}: it has no memory (meta device)" for key, tensor in own.items() if tensor.is_meta]
+    away = [key for key, tensor in own.items() if tensor.is_meta and not weights.get(key, tensor).is_meta]
+    problems += [f"{key}: offloaded, so it cannot be set" for key in away]
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"The adapter belongs to another base or has other settings:\n  {shown}")
