@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+from importlib import import_module
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import is_sentencepiece_available
 
 
 logger = logging.getLogger(__name__)
@@ -61,10 +63,10 @@ def _as_sentencepiece(spec: dict, tokenizer) -> dict:
     """
     file = str(getattr(tokenizer, "vocab_file", None))
     try:
-        from sentencepiece import SentencePieceProcessor
-
-        pieces = SentencePieceProcessor(model_file=file) if file.endswith(".model") else None
-    except (ImportError, RuntimeError, OSError):  # not installed, or no file of SentencePiece's
+        # Brought by no dependency: transformers asks for it where a folder has nothing but this file.
+        found = file.endswith(".model") and is_sentencepiece_available()
+        pieces = import_module("sentencepiece").SentencePieceProcessor(model_file=file) if found else None
+    except (RuntimeError, OSError):  # no file of SentencePiece's
         pieces = None
     if pieces is None:
         return spec
