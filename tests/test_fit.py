@@ -17,6 +17,11 @@ from lavin.recipes.cli import main
 RIGHT = {
     "Bloom": {},
     "Cohere": {"logit_scale": 1.0},
+    "DeepseekV3": {
+        **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+        **{"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+        **{"first_k_dense_replace": 1, "moe_intermediate_size": 16},
+    },
     "Falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
     "FalconH1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
     "GPT2": {},
@@ -34,6 +39,16 @@ RIGHT = {
     "Olmo2": {},
     "Phi3": {},
     "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "head_dim": 8},
+    "Qwen3Next": {
+        **{"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "head_dim": 8},
+        **{
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    },
     "StableLm": {},
     "Starcoder2": {},
     "XGLM": {"ffn_dim": 48},
@@ -108,6 +123,12 @@ def test_an_architecture_that_does_more_is_refused(family):
         check_text(config)
     if reason == "more than one linear map":  # and rightly so
         assert error_of_lavin(own_model(config)) > 1e-3
+
+
+def test_a_quantised_language_model_is_refused():
+    config = config_of("Llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    with pytest.raises(ValueError, match="is quantised already; name the one it was made from"):
+        check_text(config)
 
 
 def same_tensors(a, b):

@@ -139,6 +139,16 @@ def test_buffers_of_old_checkpoints_are_left_out(vision, tmp_path):
         assert torch.equal(model(ids).logits, lavin(ids).logits)
 
 
+def test_layers_that_the_architecture_itself_leaves_out(vision, tmp_path):
+    """Layers for multi-token prediction lie behind the last one."""
+    from test_fit import RIGHT, config_of
+
+    own = transformers.DeepseekV3ForCausalLM(config_of("DeepseekV3", RIGHT["DeepseekV3"])).eval()
+    own.save_pretrained(tmp_path / "text")
+    change(tmp_path / "text", {"model.layers.61.eh_proj.weight": torch.ones(4)})
+    LavinForConditionalGeneration.from_vision_text_pretrained(vision, tmp_path / "text")
+
+
 def test_a_base_without_its_prefix_and_a_tied_head_beside_it(vision, tmp_path):
     config = LlamaConfig(**{**SHAPE, "tie_word_embeddings": True})
     model = LlamaForCausalLM(config).eval()
