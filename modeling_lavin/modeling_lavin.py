@@ -174,6 +174,12 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
             )
         return embedding
 
+    def enable_input_require_grads(self):
+        """For the language model's embedding. Vision towers need it for reentrant checkpointing only, see below."""
+        self.disable_input_require_grads()
+        hook = self.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        self._require_grads_hooks, self._require_grads_hook = [hook], hook
+
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             logger.warning(

@@ -82,7 +82,7 @@ def test_what_is_wrong_is_said():
     }
     row = Row("any")
     for column, (ours, theirs, _) in cases.items():
-        judge(row, column, ours, theirs, same_refusals=theirs is not None)
+        judge(row, column, ours, theirs, refuses=theirs)
     assert {column: row.cells[column][0] for column in cases} == {column: case[2] for column, case in cases.items()}
     assert "cannot do that" in row.cells["both refuse"][1] and "test_families.py" in row.cells["crash"][1]
 

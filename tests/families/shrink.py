@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_BACKBONE_MAPPING_NAMES,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -214,7 +215,8 @@ def tower_families(names=MODEL_MAPPING_NAMES) -> list[str]:
         config = CONFIG_MAPPING[name]
         has = {field.name for field in dataclasses.fields(config)}
         whole = not config.sub_configs or {"image_size", "hidden_size"} <= has
-        if whole and "vocab_size" not in has and (has & {"image_size", "patch_size"} or name in known):
+        sees = has & {"image_size", "patch_size"} and name not in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
+        if whole and "vocab_size" not in has and (sees or name in known):
             found.append(name)
     return sorted(found)
 

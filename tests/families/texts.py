@@ -89,7 +89,7 @@ class Side:
     """A model and rows for it: LaVIN's, of which every other has an image, or the base's, which are text."""
 
     def __init__(self, model, pixels=None, seed: int = 0):
-        self.model, self.pixels = model, pixels
+        self.model, self.pixels, self.greedy = model, pixels, {}
         lengths = (12, 12, 9, 12)
         rows = [ids_of(length, seed + i) for i, length in enumerate(lengths)]
         self.rows = [
@@ -155,7 +155,17 @@ class Side:
         return unequal(self.generate((0, 1), do_sample=True), self.generate((0, 1), do_sample=True))
 
     def like_greedy(self, chosen=((0,), (1,)), **kwargs) -> float:
-        return max(unequal(self.generate(rows, **kwargs), self.generate(rows)) for rows in chosen)
+        for rows in chosen:
+            if rows not in self.greedy:
+                self.greedy[rows] = self.generate(rows)
+        return max(unequal(self.generate(rows, **kwargs), self.greedy[rows]) for rows in chosen)
+
+    def logits_like_greedy(self, **kwargs) -> float:
+        """What may lie behind an answer that is the same by chance."""
+        asked = {"return_dict_in_generate": True, "output_logits": True}
+        pairs = [[self.generate((i,), **asked, **extra) for extra in ({}, kwargs)] for i in (0, 1)]
+        found = [[torch.stack(out.logits, 1) for out in pair] for pair in pairs]
+        return max(max(unequal(a.argmax(-1), b.argmax(-1)), difference(a, b)) for a, b in found)
 
 
 def gradients(model, side: Side, all_trained: bool = True) -> dict[str, torch.Tensor]:
@@ -271,8 +281,8 @@ def text_row(family: str, tower, folder) -> Row:
                 row,
                 column,
                 lambda ours_=ours_, a=arguments: ours_.like_greedy(**a),
-                lambda a=arguments: theirs.worst("like_greedy", **a),
-                same_refusals=True,
+                lambda a=arguments: theirs.worst("logits_like_greedy", **a),
+                refuses=lambda a=arguments: theirs.generate((1,), **a),
             )
     judge(row, "save", lambda: reloaded(model, ours, folder))
     for modality, rows in (("text", (1,)), ("image", (0,))):

@@ -89,17 +89,17 @@ def attempt(function):
         return None, error
 
 
-def judge(row: Row, column: str, ours, theirs=None, same_refusals: bool = False):
+def judge(row: Row, column: str, ours, theirs=None, refuses=None):
     """
     Fills a cell by what `ours()` gives: the difference from what it should be. Where it is too large, or it raises,
-    `theirs()`, the same of the base alone, says whether that is LaVIN's doing. With `same_refusals` LaVIN has to raise
-    where the base does.
+    `theirs()`, the same of the base alone, says whether that is LaVIN's doing. Where `refuses()`, a call of the base,
+    raises, LaVIN has to raise as well.
     """
     if column in row.cells and row.cells[column][0] not in (RIGHT, AS_BASE):
         return
     value, error = attempt(ours)
     if error is None and value <= TOLERANCE:
-        if same_refusals and (base_error := attempt(theirs)[1]) is not None:
+        if refuses is not None and (base_error := attempt(refuses)[1]) is not None:
             row.cells[column] = (WRONG, f"answers, where the base refuses: {one_line(base_error)}")
         row.cells.setdefault(column, (RIGHT, ""))
         return
