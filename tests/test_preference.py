@@ -2,10 +2,12 @@
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 import test_trl
 import torch
+import yaml
 from conftest import fill
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
@@ -16,11 +18,11 @@ from transformers import AutoModel, AutoProcessor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from lavin import MMAConfig
+from lavin.recipes import cli
 
 
 light = test_trl.light
 LOG2 = math.log(2)
-LENGTHS = {} if "max_length" not in DPOConfig.__dataclass_fields__ else {"max_length": None}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,11 @@ def preference_rows(tmp_path_factory):
 
 @pytest.mark.slow
 def test_trl_dpo_writes_a_lavin_folder_and_resumes(trained, preference_rows, tmp_path):
-    settings = {"script": "dpo", "model_init_kwargs": {"mma": {}}}
+    recipe = yaml.safe_load((Path(cli.__file__).parent / "preferences" / "dpo.yaml").read_text())
+    settings = {key: recipe[key] for key in recipe if key not in ("model_name_or_path", "datasets", "output_dir")}
+    small = {"bf16": False, "dtype": "float32", "learning_rate": 0.01, "per_device_train_batch_size": 4}
+    small |= {"gradient_accumulation_steps": 1, "logging_steps": 1, "save_total_limit": None, "warmup_steps": 0}
+    settings.update(small, script="dpo")
     losses, _ = sft(trained, tmp_path / "run", preference_rows, **settings)
     assert losses[0] == pytest.approx(LOG2, abs=1e-6) and losses[2] < losses[0]
     for name in ("checkpoint-1", "checkpoint-3", "."):
