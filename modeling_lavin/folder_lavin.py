@@ -573,6 +573,15 @@ class LavinPeftModel(PeftModel):
             self.eval()
         return result
 
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch; of weights that are all another model's nothing is passed over in silence."""
+        if state_dict and not state_dict.keys() & self.state_dict().keys():
+            raise ValueError(
+                "These are weights of a base without its adapter, as in a full folder, and Trainer reads nothing else "
+                "of one: a run cannot go on from it. Start from it instead: `from_pretrained(folder, mma={})`."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, full=None, **kwargs):
         full = False if full is None and _can_be_light(self.get_base_model()) else full
         kwargs = {key: value for key, value in kwargs.items() if key in PEFT_SAVES}

@@ -90,6 +90,15 @@ def test_trl_sft_takes_the_best(light, rows, tmp_path):
     assert distance(run, run / "checkpoint-1") == 0 < distance(run, run / "checkpoint-3")
 
 
+def test_a_full_checkpoint_is_no_place_to_go_on_from(light, tmp_path):
+    """Trainer would load none of its weights, with a line in the log."""
+    model = AutoModel.from_pretrained(light, mma={})
+    model.save_pretrained(tmp_path / "checkpoint-1", full=True)
+    with pytest.raises(ValueError, match="from_pretrained"):
+        model.load_state_dict(load_file(tmp_path / "checkpoint-1" / "model.safetensors"), False)
+    assert model.load_state_dict(model.state_dict()).missing_keys == []
+
+
 def test_load_adapter_of_a_model_in_training(light, tmp_path):
     """A LaVIN folder's `mma/`, into an adapter that is there or a new one; what does not fit changes nothing."""
     fill(AutoModel.from_pretrained(light, mma={"dropout": 0.0})).save_pretrained(tmp_path / "a")
