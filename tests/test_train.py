@@ -665,6 +665,9 @@ def test_which_checkpoint_is_chosen(finished, tmp_path, capsys):
         )
     shutil.copytree(oldest / "mma", output / "mma", dirs_exist_ok=True)
     assert choose() == (newest, False), "killed before the result was written"
+    state = json.loads((newest / "trainer_state.json").read_text())
+    (newest / "trainer_state.json").write_text(json.dumps({**state, "best_model_checkpoint": f"moved/{oldest.name}"}))
+    assert choose(load_best_model_at_end=True) == (newest, True) and choose() == (newest, False)
     (newest / "scheduler.pt").unlink()
     with pytest.raises(ValueError, match=f"{newest.name} is not whole: scheduler.pt is missing. {before} is"):
         choose(resume_from_checkpoint=str(newest))

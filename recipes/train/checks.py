@@ -162,7 +162,7 @@ def check_adapter(settings: Settings, config: LavinConfig, checkpoint: Path):
     if asked is None:
         return
     meta_model(config, adapter=asked)  # fills in the target modules, as they are stored
-    new, old = asked.to_dict(), MMAConfig.from_pretrained(checkpoint, subfolder=ADAPTER_NAME).to_dict()
+    new, old = vars(asked), vars(MMAConfig.from_pretrained(checkpoint, subfolder=ADAPTER_NAME))
     changed = [
         f"{key}: {old[key]!r} there, {new[key]!r} in the recipe"
         for key in sorted(set(MMAConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__))
