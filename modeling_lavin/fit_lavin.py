@@ -6,7 +6,7 @@ import inspect
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from .configuration_lavin import sides
@@ -82,6 +82,10 @@ def _unfit_parts(model: nn.Module, base_class: type, config: PreTrainedConfig) -
         return f"its head has {head.out_features} rows for {config.vocab_size} ids"
     if not {"past_key_values", "cache"} & set(inspect.signature(base.forward).parameters):
         return "it takes no `past_key_values`, with which LaVIN generates"
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except ValueError:  # all of it is one state
+        return "it keeps a state in place of keys and values, which does not say how much of a row it has read"
     return None
 
 

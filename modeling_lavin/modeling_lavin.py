@@ -457,7 +457,7 @@ class LavinModel(LavinPreTrainedModel):
         return LavinModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=getattr(outputs, "attentions", None),  # a Mamba's has none
             image_hidden_states=None if images is None else images.pooler_output,
             **{CACHE: cache},
         )

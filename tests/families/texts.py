@@ -281,7 +281,8 @@ def text_row(family: str, tower, folder) -> Row:
                 row,
                 column,
                 lambda ours_=ours_, a=arguments: ours_.like_greedy(**a),
-                lambda a=arguments: theirs.worst("logits_like_greedy", **a),
+                # A draft is several tokens in one forward: where that differs from single steps, answers do.
+                lambda a=arguments: max(theirs.worst("logits_like_greedy", **a), theirs.worst("cached")),
                 refuses=lambda a=arguments: theirs.generate((1,), **a),
             )
     judge(row, "save", lambda: reloaded(model, ours, folder))
