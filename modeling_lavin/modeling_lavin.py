@@ -134,6 +134,12 @@ class LavinPreTrainedModel(LavinFolderMixin, PreTrainedModel):
         r"modality_embedding\..*",
         r"vision_tower\.(vision_model\.)?(pooler|head)\.",  # never read, and a classifier's checkpoint has none
     ]
+    # Of the class; of a model what its towers can do.
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def __init__(self, config: LavinConfig, *args, **kwargs):
         vars(self).update(architecture_flags(config))  # read by what follows

@@ -286,11 +286,15 @@ def test_image_slots_stand_before_the_text(text, slots, said):
     ]
 
 
-def test_image_slots_within_a_sentence_stay_there(llama):  # noqa: F811
+def test_image_slots_within_a_sentence_stay_there(llama, monkeypatch):  # noqa: F811
+    """In the rows, and for a model that reads them so."""
     parts = user_turn("Is <image> like <image>?")["content"]
     assert [part["text"] for part in parts] == ["Instruction: Is", None, "like", None, "? \nResponse:"]
     parts = [part | {"image": picture()} if part["type"] == "image" else part for part in parts]
-    assert "Instruction: Is <image> like <image> ? \nResponse:" in render(llama, {"role": "user", "content": parts})
+    message = {"role": "user", "content": parts}
+    assert "Image: <image><image> Instruction: Is like ? \nResponse:" in render(llama, message)
+    monkeypatch.setattr(llama, "image_order", "interleaved")
+    assert "Instruction: Is <image> like <image> ? \nResponse:" in render(llama, message)
 
 
 def test_a_talk_is_one_row_per_answer(tmp_path):

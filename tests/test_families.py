@@ -94,4 +94,4 @@ def test_the_page(walk):
     text = page(texts, towers)
     assert text == page([walk.row("text", name)[0] for name in ("llama", "gemma2", "git")], towers)
     assert "| language models | 3 | 1 | 1 |" in text and "| vision towers | 1 | 1 | 1 |" in text
-    assert "| gemma2 | all | gemma2 changes its logits" in text and "/tmp" not in text
+    assert "| gemma2 | all | text is no language model for a LaVIN (its type is gemma2)" in text and "/tmp" not in text

@@ -66,7 +66,7 @@ OTHERWISE = {
     "Bert": ({"is_decoder": True}, "has a bias"),
     "OPT": ({"ffn_dim": 48, "word_embed_proj_dim": 16}, "a width of 16"),
     "Bart": ({}, "not built on BartModel"),
-    "Mamba": ({"state_size": 4}, "past_key_values"),
+    "Mamba": ({"state_size": 4}, "past_key_values|in place of keys and values"),  # by the version of transformers
     "Rwkv": ({"attention_hidden_size": 32}, "past_key_values"),
     "Gemma3nText": ({"num_kv_shared_layers": 0}, "read the ids"),
 }
