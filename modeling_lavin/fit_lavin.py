@@ -84,7 +84,7 @@ def _unfit_parts(model: nn.Module, base_class: type, config: PreTrainedConfig) -
         return "it takes no `past_key_values`, with which LaVIN generates"
     try:
         DynamicCache(config=config).get_seq_length()
-    except ValueError:  # all of it is one state
+    except (ValueError, AttributeError):  # all of it is one state
         return "it keeps a state in place of keys and values, which does not say how much of a row it has read"
     return None
 
