@@ -9,7 +9,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # The oldest and the newest minor version that the tests ran with.
-RAN_WITH = {"torch": ("2.6", "2.13"), "transformers": ("5.18", "5.24"), "peft": ("0.21", "0.21")}
+RAN_WITH = {"torch": ("2.6", "2.15"), "transformers": ("5.18", "5.24"), "peft": ("0.21", "0.21")}
 
 
 def check_versions():

@@ -121,7 +121,10 @@ def test_a_hybrid_refuses_drafts(arguments):
 def test_static_cache(name):
     """Its masks are made by the language model's own class, where that has a way of its own."""
     base, lavin = pair(name)
-    expected = base.generate(**prompt(), max_new_tokens=5, do_sample=False, cache_implementation="static")
+    try:
+        expected = base.generate(**prompt(), max_new_tokens=5, do_sample=False, cache_implementation="static")
+    except ValueError as error:
+        pytest.skip(f"the base itself, in this transformers: {error}")
     got = lavin.generate(**prompt(), max_new_tokens=5, do_sample=False, cache_implementation="static")
     assert torch.equal(got, expected)
 
@@ -137,7 +140,8 @@ def test_a_cache_of_its_own_class(arguments):
 def test_long_rope_switches_as_in_the_base(length):
     """Beyond 12 tokens all positions turn otherwise: keys of a cache that was filled before would be wrong."""
     base, lavin = pair("longrope")
-    expected = base.generate(**prompt(length), max_new_tokens=8, do_sample=False)
+    # Old transformers lose the cache there and read the last token alone.
+    expected = base.generate(**prompt(length), max_new_tokens=8, do_sample=False, use_cache=False)
     assert torch.equal(lavin.generate(**prompt(length), max_new_tokens=8, do_sample=False), expected)
 
 
