@@ -59,8 +59,9 @@ class LavinAdapterMixin:
         """Deletes adapters. After the last one the model is as it was before the first."""
         self._check_adapters(adapter_names)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            config = self.peft_config.pop(name)
-            delete_adapter(self, adapter_name=name, prefix=PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
+            prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.peft_config[name].peft_type]
+            delete_adapter(self, adapter_name=name, prefix=prefix)
+            del self.peft_config[name]
         if not self.peft_config:
             del self.peft_config
             self._hf_peft_config_loaded = False
