@@ -25,7 +25,6 @@ from .configuration_lavin import LavinConfig, check_image_size, patches_per_side
 from .folder_lavin import LavinFolderMixin
 from .folding_lavin import fold_both, fold_modality, rows_of
 from .generation_lavin import LavinGenerationMixin, flat_features, text_architecture
-from .loss_lavin import frozen_head, frozen_head_loss, next_labels
 from .projector_lavin import LavinMultiModalProjector, draw_projector
 from .tuner_lavin import FOLDED, MMARouting, alone, computing_device, find_blocks
 
@@ -591,20 +590,6 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         """See [`LavinModel.routing_table`]."""
         return self.model.routing_table()
 
-    def _needed_mask(self, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
-        """
-        None in training where all padding is on the right and has no labels: nothing before it sees it, and nothing is
-        asked of it. SDPA then leaves out the half of the scores that no token sees, and may run its flash kernel.
-        """
-        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return attention_mask
-        if attention_mask.ndim != 2 or self.model.language_model.config._attn_implementation != "sdpa":
-            return attention_mask
-        mask = attention_mask.bool()
-        on_the_right = mask[:, 0].all() & (mask[:, 1:] <= mask[:, :-1]).all()
-        asked = (labels.to(mask.device) != -100) & ~mask
-        return None if bool(on_the_right & ~asked.any()) else attention_mask
-
     @can_return_tuple
     def forward(
         self,
@@ -627,17 +612,13 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Ids to predict, -100 where there is nothing to learn. The loss is over those whose prediction
-                `logits_to_keep` keeps. With a frozen head its gradient goes past the logits, straight to what the head
-                reads.
+                `logits_to_keep` keeps.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last so many positions only; 0 for all. A tensor names the positions, of every
                 row `(num_positions,)` or of each `(batch_size, num_positions)`; a mask `(batch_size, sequence_length)`
                 gives `(num_true, vocab_size)`.
         """
         cache = one_cache(cache, past_key_values)
-        whole = position_ids is None and cache is None
-        if labels is not None and whole and isinstance(attention_mask, torch.Tensor):
-            attention_mask = self._needed_mask(attention_mask, labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -655,13 +636,13 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, LavinGenerationMixin):
         loss = None
         if labels is not None:
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)  # it has no row in the head
-            targets = kept_positions(next_labels(labels, **kwargs).unsqueeze(-1), logits_to_keep).squeeze(-1)
-            if frozen_head(self.lm_head, self.loss_function):
-                loss = frozen_head_loss(hidden_states, logits, self.lm_head, **{**kwargs, "shift_labels": targets})
-            else:
-                if targets.shape != labels.shape or "shift_labels" in kwargs or torch.is_tensor(logits_to_keep):
-                    kwargs["shift_labels"] = targets.contiguous()
-                loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            shifted = kwargs.pop("shift_labels", None)
+            if shifted is None and (torch.is_tensor(logits_to_keep) or logits.shape[:2] != labels.shape):
+                shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+            if shifted is not None:
+                targets = kept_positions(shifted.unsqueeze(-1), logits_to_keep).squeeze(-1)
+                kwargs["shift_labels"] = targets.contiguous()
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return LavinCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
