@@ -31,9 +31,11 @@ STEP_RATIOS = {
     *("mma_labelled/base", "mma_labelled/lora", "mma_labelled/lora_labelled"),
 }
 TRAIN_RATIOS = {"llava/lavin", "llava_own/lavin_own", "recipe_2023/lavin", "recipe_2023/lavin_own"}
-if add_fused_lm_head is not None:
-    TRAIN_RATIOS |= {"llava_trl/lavin_trl", "llava_trl/lavin"}
 MEMORY_RATIOS = {"mma/lora", "mma_labelled/lora_labelled", "mma_labelled/lora", "mma/base"}
+if add_fused_lm_head is not None:
+    STEP_RATIOS |= {"mma_trl/base_trl", "mma_trl/lora_trl"}
+    TRAIN_RATIOS |= {"llava_trl/lavin_trl", "llava_trl/lavin"}
+    MEMORY_RATIOS |= {"mma_trl/lora_trl"}
 DECODE_RATIOS = {"mma/base", "folded/base", "merged/base"}
 PREFILL_RATIOS = {"mma/base", "mma_images/base_images"}
 

@@ -16,15 +16,17 @@ from pathlib import Path
 import torch
 
 from .models import Size, describe, lavin_config, make_batch
-from .step_time import make_rivals
+from .step_time import add_fused_lm_head, make_rivals
 from .timing import interleave, machine, summary
 
 
 NAME = "memory_peak"
 ROUNDS = 3
 RIVALS = ("base", "lora", "lora_labelled", "mma", "mma_labelled")
+TRL_RIVALS = ("lora_trl", "mma_trl") if add_fused_lm_head is not None else ()
 GOALS = [
-    ("mma", "lora", "at most 1.00"),
+    ("mma_trl", "lora_trl", "at most 1.00"),
+    ("mma", "lora", None),
     ("mma_labelled", "lora_labelled", None),
     ("mma_labelled", "lora", None),
     ("mma", "base", None),
@@ -83,7 +85,7 @@ def run(size: Size, rounds: int, seed: int = 0, lora_dropout: float = 0.0) -> di
 
         return once
 
-    megabytes = interleave({rival: in_process(rival) for rival in RIVALS}, rounds, warmup=0)
+    megabytes = interleave({rival: in_process(rival) for rival in RIVALS + TRL_RIVALS}, rounds, warmup=0)
     return {
         "title": "Peak memory of a training step, above the level before it",
         "name": NAME,

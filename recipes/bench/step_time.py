@@ -7,7 +7,8 @@ Time of a training step, forward and backward without the optimizer, of LaVIN wi
 - PEFT LoRA, r=8 on q and v, of the same language model on the same inputs.
 
 These three run a bare loop with the models' own forward and loss: logits at every position, loss on the answer's
-tokens. `mma_labelled` is LaVIN in a loop of one's own that asks for logits only where there is a label
+tokens. `base_trl`, `lora_trl` and `mma_trl` are the same under the head that TRL's SFT puts on a model, which is how
+`trl sft` trains. `mma_labelled` is LaVIN in a loop of one's own that asks for logits only where there is a label
 (`logits_to_keep`), which gives the same loss and gradients; `lora_labelled` is LoRA in such a loop.
 
 LaVIN's step has two things that the base's has not and that no adapter code can make cheaper: the backward of the
@@ -22,10 +23,18 @@ from .models import Size, adapted_lavin, describe, embed, frozen_lavin, language
 from .timing import interleave, machine, summary
 
 
+try:
+    from trl.trainer.utils import add_fused_lm_head
+except ImportError:  # no TRL, or one before 1.16: what runs under its head is left out
+    add_fused_lm_head = None
+
+
 NAME = "step_time"
 GOALS = [
-    ("mma", "base", "at most 1.05"),
-    ("mma", "lora", "at most 0.95"),
+    ("mma_trl", "base_trl", "at most 1.05"),
+    ("mma_trl", "lora_trl", "at most 0.95"),
+    ("mma", "base", None),
+    ("mma", "lora", None),
     ("mma", "base_vision", None),
     ("mma_labelled", "base", None),
     ("mma_labelled", "lora", None),
@@ -46,27 +55,26 @@ def make_rivals(size: Size, seed: int = 0, lora_dropout: float = 0.0, batches: l
     if batches is None:
         batches = [make_batch(size, frozen.config, seed=1000 * seed + number) for number in range(MAX_BATCHES)]
 
-    def step(model, **inputs):
+    def own_loss(model, inputs):
+        return model(use_cache=False, **inputs).loss
+
+    def step(model, inputs, loss=own_loss):
         for parameter in model.parameters():
             parameter.grad = None
-        model(use_cache=False, **inputs).loss.backward()
+        loss(model, inputs).backward()
 
-    def on_embeds(model, batch, requires_grad):
+    def on_embeds(model, batch, requires_grad, loss=own_loss):
         with torch.no_grad():
             embeds = embed(frozen, batch)
         embeds.requires_grad_(requires_grad)
-        step(model, inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["labels"])
+        given = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+        step(model, given, loss)
 
     def with_vision(batch):
         pixels = batch["pixel_values"].clone().requires_grad_()
         embeds = embed(frozen, {**batch, "pixel_values": pixels})
         embeds = embeds if embeds.requires_grad else embeds.requires_grad_()  # a batch without images
-        step(base, inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["labels"])
-
-    def labelled(batch):
-        for parameter in mma.parameters():
-            parameter.grad = None
-        labelled_loss(mma, batch).backward()
+        step(base, {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"], "labels": batch["labels"]})
 
     def lora_labelled(batch):
         for parameter in lora.parameters():
@@ -83,9 +91,15 @@ def make_rivals(size: Size, seed: int = 0, lora_dropout: float = 0.0, batches: l
         "base_vision": with_vision,
         "lora": lambda batch: on_embeds(lora, batch, False),
         "lora_labelled": lora_labelled,
-        "mma": lambda batch: step(mma, **batch),
-        "mma_labelled": labelled,
+        "mma": lambda batch: step(mma, batch),
+        "mma_labelled": lambda batch: step(mma, batch, labelled_loss),
     }
+    if add_fused_lm_head is not None:
+        for model in (base, lora.get_base_model(), mma.get_base_model()):  # beside its own head, which it keeps
+            add_trl_head(model)
+        steps["base_trl"] = lambda batch: on_embeds(base, batch, True, trl_loss)
+        steps["lora_trl"] = lambda batch: on_embeds(lora, batch, False, trl_loss)
+        steps["mma_trl"] = lambda batch: step(mma, batch, trl_loss)
     return {name: lambda number, run=run: run(batches[number % len(batches)]) for name, run in steps.items()}
 
 
@@ -93,6 +107,17 @@ def labelled_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The loss of `model(**batch)`, with logits only at the positions that have a label."""
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     return model(use_cache=False, logits_to_keep=targets != -100, **batch).loss
+
+
+def add_trl_head(model):
+    """Gives a model what TRL's SFT gives it: `model(..., fused_lm_head=True)`."""
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+
+
+def trl_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss as TRL's SFT computes it, of a model that has TRL's head."""
+    outputs = model(fused_lm_head=True, **batch)
+    return -outputs.log_probs.sum() / outputs.label_mask.sum()
 
 
 def run(size: Size, rounds: int, seed: int = 0, lora_dropout: float = 0.0) -> dict:

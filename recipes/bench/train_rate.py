@@ -19,14 +19,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from .models import Size, adapted_lavin, describe, frozen_lavin, make_batch, pad_right, rows_of
-from .step_time import labelled_loss
+from .step_time import add_fused_lm_head, add_trl_head, labelled_loss, trl_loss
 from .timing import interleave, machine, summary
-
-
-try:
-    from trl.trainer.utils import add_fused_lm_head
-except ImportError:  # no TRL, or one before 1.16: those two are left out
-    add_fused_lm_head = None
 
 
 NAME = "train_rate"
@@ -103,12 +97,6 @@ def llava_labelled_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return F.cross_entropy(base.lm_head(hidden[targets != -100]).float(), targets[targets != -100])
 
 
-def trl_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss as TRL's SFT computes it, of a model that has TRL's head."""
-    outputs = model(fused_lm_head=True, **batch)
-    return -outputs.log_probs.sum() / outputs.label_mask.sum()
-
-
 def make_rivals(size: Size, batches: list[dict], seed: int = 0, lora_dropout: float = 0.0) -> dict:
     """One function per rival; each runs one training step on the rows of a round."""
     frozen = frozen_lavin(size, seed)
@@ -141,7 +129,7 @@ def make_rivals(size: Size, batches: list[dict], seed: int = 0, lora_dropout: fl
     }
     if add_fused_lm_head is not None:
         for model in (mma, rival):  # beside their own, which they keep
-            add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+            add_trl_head(model.get_base_model())
         steps["lavin_trl"] = trainer(mma, trl_loss, batches)
         steps["llava_trl"] = trainer(rival, trl_loss, llava_batches)
     return steps
