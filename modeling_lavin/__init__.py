@@ -3,8 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_lavin import LavinConfig
-from .folder_lavin import LavinPeftModel
 from .modeling_lavin import LavinForConditionalGeneration, LavinModel
+from .peft_lavin import LavinPeftModel
 from .processing_lavin import LavinProcessor
 from .tuner_lavin import MMAConfig, MMAModel
 

@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult
-from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from peft import inject_adapter_in_model
 from transformers.utils import cached_file
 
@@ -38,7 +36,7 @@ def write_card(model, folder):
     old = target.read_text(encoding="utf-8") if target.is_file() else None
     if old is not None and BEGIN not in old and "generated_from_trainer" not in old:
         return
-    metadata, body = _split(old if old and BEGIN in old else _template(model))
+    metadata, body = split_card(old if old and BEGIN in old else _template(model))
     measured = RESULTS.search(body)
     if measured and measured[1] != str(adapter_digest(folder)):  # trained further since
         metadata, body = {k: v for k, v in metadata.items() if k != "model-index"}, RESULTS.sub("", body)
@@ -46,48 +44,6 @@ def write_card(model, folder):
     body = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: facts, body, flags=re.S)
     front = yaml.safe_dump(_metadata(model, metadata), sort_keys=False, allow_unicode=True)
     replace_text(target, f"---\n{front}---\n{body}")
-
-
-def add_results(folder, results: list[EvalResult], name: str):
-    """
-    Puts measured results into the card of a folder: `model-index` in its metadata, a table in its text. Results of the
-    same data set, configuration and split are replaced, those of others stay.
-
-    Args:
-        folder (`str` or `os.PathLike`): A folder that has a card of ours.
-        results (`list[EvalResult]`): What was measured with this folder's adapter.
-        name (`str`): The model's name in the index, where the card has none yet.
-    """
-    card = Path(folder, "README.md")
-    metadata, body = _split(card.read_text(encoding="utf-8"))
-    old = []
-    if metadata.get("model-index"):
-        name, old = model_index_to_eval_results(metadata["model-index"])
-    new = {result.unique_identifier for result in results}
-    results = [result for result in old if result.unique_identifier not in new] + results
-    metadata["model-index"] = eval_results_to_model_index(name, results)
-    section = f"<!-- lavin:results {adapter_digest(folder)} -->\n{_results(results)}\n<!-- /lavin:results -->"
-    if RESULTS.search(body):
-        body = RESULTS.sub(lambda _: f"\n\n{section}", body)
-    else:
-        body = body.replace(END, f"{END}\n\n{section}", 1)
-    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    replace_text(card, f"---\n{front}---\n{body}")
-
-
-def _results(results: list[EvalResult]) -> str:
-    lines = ["## Results"]
-    for key in dict.fromkeys(result.unique_identifier for result in results):
-        group = [result for result in results if result.unique_identifier == key]
-        names = [result.metric_name or result.metric_type for result in group]
-        values = [f"{r.metric_value:.2f}" if isinstance(r.metric_value, float) else r.metric_value for r in group]
-        lines += ["", f"{group[0].dataset_name}:", ""]
-        for cells in (names, ["---:"] * len(group), values):
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        if group[0].dataset_args:
-            settings = ", ".join(f"{key} {value}" for key, value in group[0].dataset_args.items())
-            lines += ["", f"Measured with `lavin eval`: {settings}."]
-    return "\n".join(lines)
 
 
 def _template(model) -> str:
@@ -107,7 +63,7 @@ def _template(model) -> str:
     return f"\n# LaVIN\n\n{BEGIN}\n{END}\n"
 
 
-def _split(text: str) -> tuple[dict, str]:
+def split_card(text: str) -> tuple[dict, str]:
     """Metadata and body of a card."""
     match = re.match(r"---\n(.*?)\n---\n(.*)", text, flags=re.S)
     return (yaml.safe_load(match[1]) or {}, match[2]) if match else ({}, text)

@@ -2,19 +2,41 @@
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
+from packaging.version import Version
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 
+logger = logging.get_logger(__name__)
+# The oldest and the newest minor version that the tests ran with.
+RAN_WITH = {"torch": ("2.6", "2.15"), "transformers": ("5.18", "5.24"), "peft": ("0.21", "0.21")}
+ADAPTER_NAME = "mma"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
+NO_VARIANT = (
+    "LaVIN folders have no `variant`: load and save without it. `from_pretrained(..., dtype=...)` chooses the dtype "
+    "of weights; those of another dtype go to a folder of their own."
+)
 DIGEST = "sha256"  # in the header of an adapter's file: of everything after the header
 DAMAGED = (
     "{file} cannot be read ({cause}): it is cut off, damaged or of another kind. Copy it again from where it is "
@@ -148,3 +170,38 @@ def read_json(file: str) -> dict:
     if not isinstance(content, dict):
         raise ValueError(DAMAGED.format(file=file, cause="it holds no JSON object"))
     return content
+
+
+def check_versions():
+    """Says in one line, once, which installed versions this code was never run with."""
+    strange = []
+    for name, (oldest, newest) in RAN_WITH.items():
+        installed = Version(version(name))
+        if not Version(oldest).release <= installed.release[:2] <= Version(newest).release:
+            strange.append(f"{name} {installed} ({oldest} to {newest})")
+    if strange:
+        logger.warning_once(
+            f"This LaVIN's code was never run with {', '.join(strange)}: should anything be wrong, install a version "
+            "in this range."
+        )
+
+
+def one_line(error: Exception) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())
+
+
+def installed(module: str):
+    """
+    A module of the installed package that makes new LaVINs, and does not travel with a folder.
+
+    Raises:
+        `ImportError`: if `lavin` is not installed.
+    """
+    try:
+        return importlib.import_module(f"lavin.{module}")
+    except ImportError as error:
+        raise ImportError(
+            f"To make a new LaVIN of two checkpoints, install `lavin` ({error}). To load, train and save one needs no "
+            "installation."
+        ) from error

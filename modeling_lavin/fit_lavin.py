@@ -1,5 +1,6 @@
 """Whether two architectures can be a LaVIN: shown before anything is written, with none of their weights."""
 
+import contextlib
 import copy
 import inspect
 
@@ -9,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from .adapters_lavin import find_blocks
 from .configuration_lavin import sides
-from .tuner_lavin import find_blocks
 
 
 ROWS = 64  # of the vocabulary, for a comparison
@@ -31,6 +32,11 @@ def on_meta(model_class: type, config: PreTrainedConfig) -> nn.Module:
     """A model without memory. The class itself: `from_config` would initialise it under ZeRO-3."""
     with torch.device("meta"), no_init_weights():
         return model_class(config).eval()
+
+
+def nothing_drawn_on_meta():
+    """A context for making modules: where they get no memory, drawing their weights takes its time for nothing."""
+    return no_init_weights() if torch.empty(0).device.type == "meta" else contextlib.nullcontext()
 
 
 def check_text(config: PreTrainedConfig, name: str = "The text checkpoint"):

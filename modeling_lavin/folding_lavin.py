@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.utils._pytree import tree_map
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .readers_lavin import find_readers, probe_embeds
@@ -188,15 +188,6 @@ class FoldedLinear(nn.Module):
         return torch.addmm(text.flatten(0, -2), mixed.flatten(0, -2), self.difference).view_as(text)
 
 
-def rows_of(modality_ids: torch.Tensor, dtype: torch.dtype) -> int | torch.Tensor:
-    """The modality of all rows where they share one (compiled code cannot look), else 1 for each row with an image."""
-    if not torch.compiler.is_compiling():
-        found = modality_ids.tolist()
-        if len(set(found)) == 1:
-            return found[0]
-    return modality_ids.to(dtype)[:, None, None]
-
-
 @torch.no_grad()
 def fold_both(model):
     """See `LavinForConditionalGeneration.fold`."""
@@ -277,3 +268,50 @@ def _check_fold(layer, names: list[str], rows: torch.Tensor, args: tuple, kwargs
             f"Cannot fold {layer.key}: with its maps {', '.join(names)} folded it computes something else (relative "
             f"difference {error:.1e}). Keep the adapter attached for this architecture."
         )
+
+
+class LavinFoldingMixin:
+    """Folding of a LaVIN's adapter into weights."""
+
+    def merge_modality(self, modality: str) -> PreTrainedModel:
+        """
+        Folds the language model's active adapter into a plain language model for one modality: with
+        U = s (w0 B + w1 D), each map that reads an adapted input becomes `W' = W (I + U A)`,
+        `b' = b + W (U a0 + s (w0 b0 + w1 d0))`.
+
+        Args:
+            modality (`str`):
+                `"text"`, or `"image"` for prompts that hold an image (as `inputs_embeds` with the image tokens in it).
+
+        Returns:
+            `PreTrainedModel`: the text architecture's own causal language model, without any adapter. A Llama has
+            `attention_bias=True`.
+
+        Raises:
+            `ValueError`: if the architecture's maps take no bias, an adapted input goes into anything but linear maps,
+                the result would compute something else, the base is quantised or offloaded, or no adapter is active.
+        """
+        return fold_modality(self, modality)
+
+    def fold(self):
+        """
+        Folds the language model's active adapter into its own maps, in place, for both modalities: each map that reads
+        an adapted input gets one weight for text and one for prompts with an image, and every row goes through its
+        own. Generation then costs what the base's does (some percent more in a batch that mixes both); the memory of
+        those maps doubles, a quarter of a Llama's. The maps are found by following the adapted input through forwards,
+        and each folded module is compared with what it was. The vision tower's adapters route by token and stay.
+
+        Returns:
+            [`LavinForConditionalGeneration`]: this model, in eval mode. From here on it cannot be trained or saved,
+            and adapters can neither be switched nor added.
+
+        Raises:
+            `ValueError`: if an adapted input goes into anything but linear maps (a norm, experts, a residual inside),
+                the base is quantised or offloaded, no adapter is active, or it is folded already. Nothing has changed
+                then.
+        """
+        return fold_both(self)
+
+    def save_pretrained(self, *args, **kwargs):
+        self.model.routing.check_not_folded()
+        return super().save_pretrained(*args, **kwargs)

@@ -7,14 +7,14 @@ import inspect
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from .cache_lavin import CACHE, carry_modality
-from .tuner_lavin import alone
+from .projector_lavin import flat_features
+from .routing_lavin import CACHE, alone, carry_modality, usable_table
 
 
 logger = logging.get_logger(__name__)
@@ -22,13 +22,29 @@ logger = logging.get_logger(__name__)
 IMAGE_ARGUMENTS = ("pixel_values", "mm_encoder_outputs", "modality_ids")
 # Older ones give the chunks of a prompt no images, and read the tokens of a kept cache again.
 CHUNKS_IMAGES = Version(transformers.__version__) >= Version("5.23")
+# What transformers reads off a model's class and its two towers decide: the first by the language model, with which a
+# LaVIN generates, the others by both.
+TEXT_FLAGS = (
+    "_is_stateful",
+    "_can_compile_fullgraph",
+    "_supported_generation_modes",
+    "_supports_attention_backend",
+    "_supports_context_parallel",
+    "_compatible_flash_implementations",
+    "supports_gradient_checkpointing",
+)
+ATTENTION_FLAGS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
 
 
-def flat_features(images: BaseModelOutputWithPooling) -> torch.Tensor:
-    """The image tokens of all images, `(tokens, hidden_size)`; `generate` may hand them on in a list."""
-    features = images.pooler_output
-    features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
-    return features.reshape(-1, features.shape[-1])
+def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions that logits are wanted for."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
 def context_length(config) -> int | None:
@@ -47,6 +63,13 @@ def text_architecture(config) -> type:
     """The class that generates with the language model alone, which says how; of one without a head its decoder's."""
     kind = type(config.get_text_config())
     return AutoModelForCausalLM._model_mapping.get(kind, None) or AutoModel._model_mapping[kind]
+
+
+def architecture_flags(config: PreTrainedConfig) -> dict:
+    """What a LaVIN of these two towers can do, as their own classes say."""
+    text, vision = text_architecture(config), AutoModel._model_mapping[type(config.vision_config)]
+    flags = {name: getattr(text, name) for name in TEXT_FLAGS if hasattr(text, name)}
+    return {**flags, **{name: getattr(text, name) and getattr(vision, name) for name in ATTENTION_FLAGS}}
 
 
 def rope_switch(config) -> int | None:
@@ -95,7 +118,7 @@ class LavinGenerationMixin(GenerationMixin):
         with model.routing.keep():
             with alone(model.routing), torch.no_grad():
                 if model.routing.active_layers():  # now: compiled code could not keep it
-                    model._table()
+                    usable_table(model)
             yield
 
     def _prepare_generated_length(self, generation_config, **kwargs):

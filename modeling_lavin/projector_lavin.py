@@ -1,10 +1,11 @@
-"""From the vision tower's states to image tokens: LaVIN's taps, InfMLLM's pool-adapter, or both."""
+"""What lies between the towers: LaVIN's taps, InfMLLM's pool-adapter, or both, and the modality embedding."""
 
 import math
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_lavin import LavinConfig, check_pool_size
 
@@ -91,9 +92,10 @@ class LavinMultiModalProjector(nn.Module):
         return torch.cat(tokens, dim=1) if len(tokens) > 1 else tokens[0]
 
 
-def draw_projector(module: nn.Module) -> bool:
+def draw_own(module: nn.Module) -> bool:
     """
-    Initial weights of a linear map of the projector, from its own generator, so that all ranks agree.
+    Initial weights of the modality embedding, N(0, 1), or of a linear map of the projector: from its own generator, so
+    that all ranks agree.
 
     Returns:
         `bool`: whether `module` is one.
@@ -102,6 +104,10 @@ def draw_projector(module: nn.Module) -> bool:
         bound, seed = math.sqrt(6 / (module.in_features + module.out_features)), module.out_features
     elif isinstance(module, LavinPoolLinear):
         bound, seed = 1 / math.sqrt(module.in_features), module.seed
+    elif isinstance(module, LavinModalityEmbedding):
+        values = torch.empty(module.num_embeddings, module.embedding_dim)
+        init.copy_(module.weight, values.normal_(generator=torch.Generator().manual_seed(0)))
+        return True
     else:
         return False
     generator = torch.Generator().manual_seed(seed)
@@ -112,3 +118,64 @@ def draw_projector(module: nn.Module) -> bool:
     else:
         init.zeros_(module.bias)
     return True
+
+
+class LavinTaps:
+    """A forward hook of the tapped blocks, that notes what leaves them while `states` is a list."""
+
+    def __init__(self):
+        self.states = None
+
+    def __call__(self, module, args, output):
+        if self.states is not None:  # not in a recomputation by gradient checkpointing
+            self.states.append(output[0] if isinstance(output, tuple) else output)
+
+
+class LavinModalityEmbedding(nn.Embedding):
+    """The modality token: row 0 for text-only input, row 1 for text with images (paper, section 3.2)."""
+
+
+def flat_features(images: BaseModelOutputWithPooling) -> torch.Tensor:
+    """The image tokens of all images, `(tokens, hidden_size)`; `generate` may hand them on in a list."""
+    features = images.pooler_output
+    features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+    return features.reshape(-1, features.shape[-1])
+
+
+def image_places(model, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Where embedded text holds the image token, `(batch, length)`."""
+    embedding = model.get_input_embeddings()
+    if model.config.image_token_id >= embedding.num_embeddings:
+        raise ValueError(
+            "With `inputs_embeds` the image tokens must already be in it, as the image token has no row in the "
+            "embedding: pass no images, but `modality_ids=1` for the rows that hold one."
+        )
+    token = embedding(torch.tensor(model.config.image_token_id, device=inputs_embeds.device))
+    return (inputs_embeds == token.to(inputs_embeds)).all(dim=-1)
+
+
+def merge_features(
+    inputs_embeds: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor | None, config: LavinConfig
+) -> torch.Tensor:
+    """Puts the image tokens at their places."""
+    if not torch.compiler.is_compiling():
+        tokens, given = int(is_image.sum()), 0 if features is None else features.shape[0]
+        if tokens != given:
+            raise ValueError(_mismatch(tokens, given, config))
+    if features is None:
+        return inputs_embeds
+    return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds))
+
+
+def _mismatch(tokens: int, features: int, config: LavinConfig) -> str:
+    """What to do where the ids hold another number of image tokens than the images give."""
+    message, each = f"Image features and image tokens do not match, tokens: {tokens}, features: {features}", 0
+    if images := features // config.num_image_tokens:
+        each = tokens // images if tokens % images == 0 else 0
+    if each in (0, config.num_image_tokens):
+        return message
+    return (
+        f"{message}. There are {each} tokens for each image, and this model (`projector_type` "
+        f"{config.projector_type!r}) makes {config.num_image_tokens}: its processor must agree, "
+        "`processor.num_image_tokens = model.config.num_image_tokens`."
+    )

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from .tuner_lavin import computing_device
+from .routing_lavin import computing_device
 
 
 NOT_FOLDED = "Keep the adapter attached for this architecture, or leave this module out of `target_modules`."

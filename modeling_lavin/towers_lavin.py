@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_lavin import LavinConfig
-from .files_lavin import DAMAGED, find_file
+from .files_lavin import DAMAGED, find_file, one_line
 from .fit_lavin import architecture, on_meta
 
 
@@ -36,47 +36,6 @@ def named_base(name, revision: str | None, hub: dict) -> dict:
         return {"name": os.path.abspath(name), "revision": None}
     file = cached_file(name, "config.json", **{**hub, "revision": revision or "main"})
     return {"name": str(name), "revision": extract_commit_hash(file, None) or revision}
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-
-
-def has_tokenizer(name, revision: str | None, hub: dict) -> bool:
-    """Whether the checkpoint has a tokenizer; without its files transformers makes an empty one of some types."""
-    return find_file(name, TOKENIZER_FILES, {**hub, "revision": revision or "main"}) is not None
-
-
-def tower_config(name, revision: str | None, kind: str, hub: dict):
-    """
-    A tower's configuration, and how to name its checkpoint.
-
-    Raises:
-        `OSError`: if the checkpoint cannot be reached.
-        `ValueError`: if transformers does not know its type. The message says which of the two, `kind`, it is.
-    """
-    name = os.fspath(name)
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise OSError(
-            f"The {kind} checkpoint {name} has no config.json: it is not in transformers' format. Convert it "
-            "first, or name one that is."
-        )
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision or "main", **hub)
-    except OSError as error:
-        at = f" at revision {revision}" if revision else ""
-        raise OSError(
-            f"The {kind} checkpoint {name}{at} cannot be reached: {_one_line(error)} Check the name, the network "
-            "and, for a gated checkpoint, `hf auth login`; or name a folder with the checkpoint in it."
-        ) from error
-    except ValueError as error:  # a type that transformers does not know, or a config.json that is none
-        raise ValueError(
-            f"The {kind} checkpoint {name} is no model that transformers knows: {_one_line(error)}"
-        ) from error
-    return config, named_base(name, revision, hub)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def read_towers(config: LavinConfig, name, hub: dict) -> dict[str, torch.Tensor]:
@@ -201,7 +160,7 @@ def _read_checkpoint(source, kind: str, name, hub: dict) -> dict[str, torch.Tens
             else:  # tensors and plain values only: no code of a pickle is run
                 tensors.update(torch.load(file, map_location="cpu", weights_only=True))
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
-            raise ValueError(DAMAGED.format(file=file, cause=_one_line(error)[:200])) from error
+            raise ValueError(DAMAGED.format(file=file, cause=one_line(error)[:200])) from error
     return tensors
 
 
@@ -231,7 +190,7 @@ def shards_of(index: str) -> list[str]:
         with open(index, encoding="utf-8") as file:
             shards = sorted(set(json.load(file)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(DAMAGED.format(file=index, cause=_one_line(error) or type(error).__name__)) from error
+        raise ValueError(DAMAGED.format(file=index, cause=one_line(error) or type(error).__name__)) from error
     if outside := [shard for shard in shards if shard != os.path.basename(shard)]:
         raise ValueError(f"{index} asks for a file outside its own folder ({outside[0]!r}), which is not read.")
     return shards

@@ -1,13 +1,30 @@
-"""Which weights of a base are trained: `from_pretrained(..., trainable=[regex, ...])`."""
+"""Training: which weights of a base (`trainable=[regex, ...]`), what must be finite, what gets a gradient anyway."""
 
 import copy
 import difflib
+import functools
 import re
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations import deepspeed
+from transformers.utils import logging
+
+from .routing_lavin import checkpoint_routed
 
 
+logger = logging.get_logger(__name__)
+
+
+FROZEN = (
+    "Every weight of this LaVIN is frozen, so training it would change nothing. Load it with `mma={}` "
+    "(`from_pretrained(..., mma={})`; in a YAML for `trl sft`: `model_init_kwargs: {mma: {}}`) to train its adapter, "
+    "or with `trainable=[regex, ...]` in its place to train parts of the base."
+)
+NO_DATA_PARALLEL = (
+    "LaVIN does not run under `torch.nn.DataParallel`, which shares one routing table between threads. Start one "
+    "process per GPU (`accelerate launch`, `torchrun`), or show one GPU only (`CUDA_VISIBLE_DEVICES=0`)."
+)
 QUANTISED = (
     "`trainable` trains weights of the base itself, and a quantised base (`load_in_4bit`, `load_in_8bit`) has none "
     "that can be trained: load it without, or train an adapter on it (`mma: {}`)."
@@ -154,3 +171,63 @@ def check_finite(model, tensors: dict[str, torch.Tensor], what: str):
             "left as it is: look at the losses in its trainer_state.json, go on from there with a lower learning "
             "rate, `max_grad_norm` or a longer warm-up."
         )
+
+
+def unused_features(model, cache) -> torch.Tensor | None:
+    """
+    For training on a batch without images: something of all that is trained on the way of an image, so that it
+    gets a gradient of zeros. With none at all AdamW would pass it over instead of following its momentum, and a
+    run would depend on how its rows are laid out.
+
+    In distributed training every rank must run the same modules in the same order as well (ZeRO hangs or crashes
+    otherwise; ZeRO-3 without gradients too, in evaluation or for a reference): a rank without an image runs the
+    vision tower on an empty one, before anything else. None elsewhere.
+    """
+    trains = model.training and torch.is_grad_enabled()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        first = next(model.vision_tower.parameters())
+        alike = trains or (hasattr(first, "ds_id") and (cache is None or cache.get_seq_length() == 0))
+        if alike and torch.distributed.get_world_size() > 1:
+            image = torch.zeros((1, *model.config.image_shape), device=first.device)
+            return model.get_image_features(image, return_dict=True).pooler_output
+    if not trains:
+        return None
+    parameters = [*model.vision_tower.parameters(), *model.multi_modal_projector.parameters()]
+    # ZeRO-3 gathers a partitioned weight only inside its own module.
+    trained = [p.flatten()[:1] for p in parameters if p.requires_grad and not hasattr(p, "ds_id")]
+    return torch.cat([first.to(trained[0]) for first in trained]) if trained else None
+
+
+def check_training(model):
+    """
+    Raises:
+        `ValueError`: if a training forward would change nothing, or goes wrong.
+    """
+    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(FROZEN)
+    if getattr(model, "_is_replica", False):
+        raise ValueError(NO_DATA_PARALLEL)
+
+
+class LavinTrainingMixin:
+    """What a LaVIN does otherwise than [`PreTrainedModel`] to be trained."""
+
+    def enable_input_require_grads(self):
+        """For the language model's embedding. Vision towers need it for reentrant checkpointing only, see below."""
+        self.disable_input_require_grads()
+        hook = self.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        self._require_grads_hooks, self._require_grads_hook = [hook], hook
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            logger.warning(
+                "Reentrant gradient checkpointing gives LaVIN's router and modality embedding no gradient: using "
+                "`use_reentrant=False`, which is exact, under ZeRO-3 too."
+            )
+            gradient_checkpointing_func = functools.partial(
+                gradient_checkpointing_func, **{**gradient_checkpointing_func.keywords, "use_reentrant": False}
+            )
+        routing = getattr(self, self.base_model_prefix, self).routing
+        routed = functools.partial(checkpoint_routed, routing, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=routed, **kwargs)

@@ -1,11 +1,8 @@
 """The PEFT type `MMA`: Mixture-of-Modality Adapters (LaVIN, arXiv 2305.15023, sections 3.1 and 3.2)."""
 
-import contextlib
-import copy
 import math
 import os
 import re
-import threading
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -20,14 +17,27 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, PeftType
 from torch import nn
 
+from .adapters_lavin import (
+    MMA_PARTS,
+    TOWERS,
+    MMALinear,
+    MMAUp,
+    all_or_nothing,
+    bring_in,
+    check_adapter_name,
+    check_not_diverged,
+    default_target_modules,
+    find_lavin,
+    lift_to_float32,
+)
+from .routing_lavin import MMARouting, computing_device
+
 
 TRAINED_MODULES = ("multi_modal_projector", "modality_embedding")
-ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
-MLP_NAMES = ("mlp", "feed_forward", "ffn")
-TOWERS = ("vision_tower", "language_model")
-FOLDED = (
-    "This LaVIN is folded: its adapter has become part of the weights of both modalities, for inference only. To "
-    "train, save or switch it, load the folder that it came from again."
+NO_SINGLE_MERGE = (
+    "One merge cannot serve both modalities: MMA's expert weights differ between text-only and image input, so each "
+    "modality has merged weights of its own. Call `merge_modality('text')` or `merge_modality('image')` for a plain "
+    "language model, or `unload()` for the base without the adapter."
 )
 
 
@@ -160,230 +170,9 @@ class MMAConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
 
 
-@dataclass
-class KeptRouting:
-    """
-    What serves every forward of one [`MMARouting.keep`], where gradients are off.
-
-    Attributes:
-        table (`torch.Tensor`, *optional*): the routing table, `(layers, 2 modalities, 2 experts)`.
-        maps (`dict`): each layer's maps, see [`MMALayer.kept_maps`].
-    """
-
-    table: torch.Tensor | None = None
-    maps: dict = field(default_factory=dict)
-
-    def clear(self):
-        self.table = None
-        self.maps.clear()
-
-
-class MMARouting:
-    """
-    Carries the routing weights of the current forward to the MMA layers of one [`LavinModel`]. Where several threads
-    call one model, their forwards run one after another, see [`alone`].
-
-    Attributes:
-        layers (`list[MMALayer]`): the adapted modules of the language model, in the order of their depth.
-        weights (`dict[str, torch.Tensor]`, *optional*): of each layer, by its key, `(batch, 2)`.
-        collected (`dict[str, torch.Tensor]`, *optional*): filled during the routing pass, `(2 modalities, 2 experts)`.
-        kept (`KeptRouting`, *optional*): of earlier forwards of this thread, within [`keep`].
-        folded (`bool`): the language model's layers are gone, folded into its maps for both modalities.
-        rows (`int` or `torch.Tensor`, *optional*): for folded maps, see `rows_of`.
-    """
-
-    def __init__(self):
-        self.layers = []
-        self.weights = None
-        self.collected = None
-        self.kept = None
-        self.folded = False
-        self.rows = None
-        self._by_thread, self._lock = {}, threading.RLock()
-
-    def __getstate__(self):
-        return {**vars(self), "kept": None, "_by_thread": {}, "_lock": None}  # of copies and pickles
-
-    def __setstate__(self, state: dict):
-        vars(self).update(state, _lock=threading.RLock())
-
-    @contextmanager
-    def keep(self):
-        """
-        Within it the routing table is made once. Whoever enters it says that no weight, no autocast and no other
-        adapter changes meanwhile: a fused optimiser, `functional_call` or an adapter of another type leave no trace
-        by which a table of theirs could be told from a new one. (A change of MMA adapter is seen.)
-        """
-        thread = threading.get_ident()
-        outer = self._by_thread.get(thread)
-        with self._lock:  # not while another thread is in a forward
-            self.kept = self._by_thread[thread] = outer or KeptRouting()
-        try:
-            yield
-        finally:
-            if outer is None:
-                with self._lock:
-                    del self._by_thread[thread]
-                    self.kept = None
-
-    @contextmanager
-    def alone(self):
-        """For one thread at a time: what a forward leaves here is no other thread's."""
-        with self._lock:
-            self.kept = self._by_thread.get(threading.get_ident())
-            yield
-
-    def forget(self):
-        """After a change of adapter."""
-        for kept in self._by_thread.values():
-            kept.clear()
-
-    def check_not_folded(self):
-        """Raises `ValueError` where the adapter is no part of its own any more."""
-        if self.folded:
-            raise ValueError(FOLDED)
-
-    def active_layers(self) -> list:
-        return [layer for layer in self.layers if layer.active]
-
-    def add(self, layer):
-        self.layers.append(layer)
-        self.layers.sort(key=lambda layer: [int(p) if p.isdigit() else p for p in layer.key.split(".")])
-
-    def usable(self) -> KeptRouting | None:
-        """What is kept, where it may serve: not where a backward may follow."""
-        return None if torch.is_grad_enabled() else self.kept
-
-
-def alone(routing: MMARouting):
-    """[`MMARouting.alone`], but for compiled code, which can hold no lock."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else routing.alone()
-
-
-class MMALinear(nn.Linear):
-    """A linear map whose float32 weights serve inputs of any dtype."""
-
-    def reset_parameters(self):
-        """Does nothing: [`MMALayer.reset_parameters`] draws them."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-class MMAUp(nn.Module):
-    """
-    The up maps of all experts. `weight` is `(experts, features, r / groups)`, `bias` `(experts, features)`; output
-    block i of an expert reads block i of the r inputs (a grouped 1x1 convolution).
-    """
-
-    def __init__(self, features: int, r: int, groups: int, experts: int, **kwargs):
-        super().__init__()
-        self.groups = groups
-        self.weight = nn.Parameter(torch.empty(experts, features, r // groups, **kwargs))
-        self.bias = nn.Parameter(torch.empty(experts, features, **kwargs))
-
-    def dense(self) -> torch.Tensor:
-        """Each expert's map as one matrix, the bias its last row: `(experts, r + 1, features)`."""
-        experts, features, k = self.weight.shape
-        blocks = self.weight.view(experts, self.groups, features // self.groups, k).transpose(2, 3)
-        eye = torch.eye(self.groups, device=blocks.device, dtype=blocks.dtype)[:, None, :, None]
-        rows = (blocks.unsqueeze(3) * eye).reshape(experts, -1, features)
-        return torch.cat([rows, self.bias.unsqueeze(1)], dim=1)
-
-    def forward(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
-        """x + scale * sum of the experts' outputs on `a`, weighted by `weights`: one product for all experts."""
-        dense = (self.dense() * scale).to(x.dtype)
-        a = F.pad(a, (0, 1), value=1.0)
-        if weights.shape[1] == 1:  # one choice for a whole row: its experts' maps are mixed first
-            return torch.baddbmm(x, a, (weights.squeeze(1) @ dense.flatten(1)).unflatten(1, dense.shape[1:]))
-        mixed = (weights.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
-        return torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), dense.flatten(0, 1)).view_as(x)
-
-
-def computing_device(module: nn.Module) -> torch.device:
-    """Where a module computes: of one whose weights accelerate brings for each forward, where it brings them."""
-    device = next(module.parameters()).device
-    if device.type == "meta":
-        for part in module.modules():
-            hook = getattr(part, "_hf_hook", None)
-            for one in getattr(hook, "hooks", [hook]):
-                if getattr(one, "execution_device", None) is not None:
-                    return torch.device(one.execution_device)
-    return device
-
-
-SWITCHES = ("_active_adapter", "_disable_adapters", "_adapters", "adapter_config", "peft_config", "training")
-
-
-@contextmanager
-def all_or_nothing(model: nn.Module):
-    """Where an adapter is added or switched: after an error the model computes what it did before."""
-    modules = [
-        (module, dict(module._modules), {key: copy.copy(vars(module)[key]) for key in SWITCHES if key in vars(module)})
-        for module in model.modules()
-    ]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    routing = find_lavin(model).routing
-    layers, loaded = list(routing.layers), getattr(model, "_hf_peft_config_loaded", False)
-    try:
-        yield
-    except BaseException:
-        for module, children, switches in modules:
-            module._modules.clear()
-            module._modules.update(children)
-            for key in SWITCHES:
-                vars(module).pop(key, None)
-            vars(module).update(switches)
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
-        routing.layers, model._hf_peft_config_loaded = layers, loaded
-        routing.forget()
-        raise
-
-
-def check_adapter_name(model: nn.Module, name: str):
-    """
-    Raises:
-        `ValueError`: if an adapter cannot be saved under this name.
-    """
-    if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
-        raise ValueError(
-            f"{name!r} cannot name an adapter, which is saved in a folder of its name: use letters, digits, `_` and "
-            "`-` only."
-        )
-    own = (
-        key.split(".") for key, _ in model.named_modules() if ".adapter_" not in key and ".modules_to_save." not in key
-    )
-    if hasattr(nn.ModuleDict(), name) or any(name in parts for parts in own):
-        raise ValueError(f"{name!r} cannot name an adapter, as something in the model has that name: choose another.")
-
-
-def bring_in(model: nn.Module, names: list[str]):
-    """
-    Gives the modules of these names weights of their own, where they compute, in place of weights that accelerate
-    brings for each forward (`device_map` with "disk", or "cpu" beside a GPU): what is trained cannot be brought from
-    where it was before.
-    """
-    for key, module in model.named_modules():
-        if not key.endswith(tuple(names)) or not any(parameter.is_meta for parameter in module.parameters()):
-            continue
-        for part in module.modules():
-            hook = getattr(part, "_hf_hook", None)
-            for one in getattr(hook, "hooks", [hook]):
-                if getattr(one, "offload", False):
-                    _hold(part, one)
-
-
-def _hold(module: nn.Module, hook):
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-
-    remove_hook_from_module(module)
-    for name, parameter in list(module.named_parameters(recurse=hook.place_submodules)):
-        if parameter.is_meta:
-            parent, _, last = name.rpartition(".")
-            value = torch.as_tensor(hook.weights_map[name]).to(hook.execution_device, copy=True)
-            setattr(module.get_submodule(parent), last, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    add_hook_to_module(module, AlignDevicesHook(hook.execution_device, io_same_device=hook.io_same_device))
+def check_one_adapter(adapter_names: str | list[str]):
+    if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+        raise ValueError(f"MMA applies one adapter at a time, got {list(adapter_names)}: set one of them.")
 
 
 class MMALayer(nn.Module, BaseTunerLayer):
@@ -395,7 +184,7 @@ class MMALayer(nn.Module, BaseTunerLayer):
     In the language model w comes from the routing table, in the vision tower from each token's own features.
     """
 
-    adapter_layer_names = ("adapter_down", "adapter_up", "adapter_router")
+    adapter_layer_names = MMA_PARTS
     other_param_names = ("adapter_dropout", "adapter_config")
 
     def __init__(self, base_layer: nn.Module, features: int, routing: MMARouting, is_text: bool, key: str):
@@ -442,10 +231,7 @@ class MMALayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, seed: int, as_identity: bool = True):
-        """
-        A is Xavier-uniform, the router as torch's Linear, everything else zero: it starts as the identity. Or all of
-        it as torch's own maps.
-        """
+        """A is Xavier-uniform, the router as torch's Linear, all else zero (the identity), or as torch's own maps."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.key}".encode()))
 
         def draw(parameter, bound):
@@ -527,81 +313,6 @@ class MMALayer(nn.Module, BaseTunerLayer):
         if self.is_text:
             routing.collected[self.key] = weights[:, 0]
         return weights
-
-
-def check_one_adapter(adapter_names: str | list[str]):
-    if not isinstance(adapter_names, str) and len(adapter_names) > 1:
-        raise ValueError(f"MMA applies one adapter at a time, got {list(adapter_names)}: set one of them.")
-
-
-NO_SINGLE_MERGE = (
-    "One merge cannot serve both modalities: MMA's expert weights differ between text-only and image input, so each "
-    "modality has merged weights of its own. Call `merge_modality('text')` or `merge_modality('image')` for a plain "
-    "language model, or `unload()` for the base without the adapter."
-)
-
-
-def find_blocks(tower: nn.Module) -> tuple[str, list[nn.Module]]:
-    """Name and modules of a tower's stack of blocks: its longest `ModuleList`."""
-    lists = [(name, module) for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return "", []
-    name, blocks = max(lists, key=lambda item: len(item[1]))
-    return name, list(blocks)
-
-
-def _names_in(blocks: list[nn.Module], known: tuple[str, ...]) -> list[str]:
-    """
-    The names under which all blocks have a module of a kind. In a hybrid, what stands in the place of the attention of
-    the other blocks (linear attention, a state space, a convolution) is the one child that these do not have. Where a
-    block has several in a list, each of them is meant.
-    """
-    children = [{name for name, _ in block.named_children()} for block in blocks]
-    name = next((name for name in known if any(name in own for own in children)), None)
-    if name is None:
-        return []
-    others = set().union(*(own for own in children if name in own))
-    places = []
-    for block, own in zip(blocks, children, strict=True):
-        parts = {child for child in own - others if any(getattr(block, child).children())}  # norms have none
-        places.append([name] if name in own else sorted(parts))
-    if not all(len(place) == 1 for place in places):
-        return []
-    found = {(place, getattr(block, place)) for block, (place,) in zip(blocks, places, strict=True)}
-    return sorted({place + r"\.\d+" * isinstance(module, nn.ModuleList) for place, module in found})
-
-
-def default_target_modules(lavin: nn.Module, config: MMAConfig) -> str:
-    """
-    A regex for the attention (and, on request, MLP) modules of both towers.
-
-    Raises:
-        `ValueError`: if a block has none under a known name; lists the names that there are.
-    """
-    patterns = []
-    for tower, with_mlp in zip(TOWERS, (config.vision_mlp, config.text_mlp), strict=True):
-        stack, blocks = find_blocks(getattr(lavin, tower))
-        names = []
-        for kind, known in (("attention", ATTENTION_NAMES), ("MLP", MLP_NAMES))[: 1 + with_mlp]:
-            found = _names_in(blocks, known)
-            if not found:
-                candidates = sorted({name for block in blocks for name, _ in block.named_children()})
-                raise ValueError(
-                    f"No {kind} modules found in the {tower} ({type(getattr(lavin, tower)).__name__}). Candidates in "
-                    f"`{stack or 'its modules'}`: {candidates}. Name them in `target_modules`, e.g. "
-                    f"`target_modules='.*{tower}.*[.]({'|'.join(candidates[:2])})'`."
-                )
-            names += found
-        patterns.append(rf"{tower}\.{re.escape(stack)}\.\d+\.({'|'.join(names)})")
-    return rf"(.*\.)?({'|'.join(patterns)})"
-
-
-def find_lavin(model: nn.Module) -> nn.Module:
-    """The [`LavinModel`] inside `model`, by what it has: classes of two imports of this code are not the same."""
-    for module in model.modules():
-        if "routing" in vars(module) and hasattr(module, "vision_tower"):
-            return module
-    raise ValueError(f"MMA needs a LaVIN model with a modality embedding, got {type(model).__name__}.")
 
 
 class MMAModel(BaseTuner):
@@ -729,67 +440,6 @@ class MMAModel(BaseTuner):
     def merge_modality(self, modality: str) -> nn.Module:
         """See `LavinForConditionalGeneration.merge_modality`."""
         return self.model.merge_modality(modality)
-
-
-def check_not_diverged(weights: dict[str, torch.Tensor]):
-    """
-    Raises:
-        `ValueError`: if an adapter's weights, which are about to be set, hold NaN or infinity.
-    """
-    bad = next((key for key, value in weights.items() if not value.is_meta and not value.isfinite().all()), None)
-    if bad is not None:
-        raise ValueError(
-            f"The adapter holds NaN or infinity ({bad.removeprefix('base_model.model.')}): its training has diverged. "
-            "Take an earlier `checkpoint-N`."
-        )
-
-
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """
-    All that an adapter consists of, by the names it is saved under: [`~peft.get_peft_model_state_dict`] in one walk,
-    without a look at the base's weights.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            parts = {name: module.modules_to_save}
-        elif "adapter_down" in module._modules:
-            parts = {f"{name}.{part}": getattr(module, part) for part in MMALayer.adapter_layer_names}
-        else:
-            continue
-        for part, adapters in parts.items():
-            if adapter_name in adapters:
-                found.update(adapters[adapter_name].state_dict(prefix=f"{part}."))
-    return found
-
-
-def lift_to_float32(model: nn.Module, adapter_name: str):
-    """PEFT lifts tuner layers to float32 but not `modules_to_save`, which in bf16 would hardly move."""
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            for parameter in module.modules_to_save[adapter_name].parameters():
-                # ZeRO-3 keeps the dtype of all its partitions alike.
-                if parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "ds_id"):
-                    parameter.data = parameter.data.float()
-            # Without autocast a map, an embedding or a norm must fit what stands before and behind it.
-            weight = getattr(module.original_module, "weight", None)
-            if weight is not None and weight.is_floating_point() and _to_own not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(_to_own)
-                module.register_forward_hook(_to_base)
-
-
-def _to_own(wrapper: ModulesToSaveWrapper, args: tuple) -> tuple | None:
-    """Half-precision input in the dtype of the weights that read it: the trained ones, or the base's own."""
-    x = args[0]
-    if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
-        return None
-    return x.to(wrapper.weight.dtype), *args[1:]
-
-
-def _to_base(wrapper: ModulesToSaveWrapper, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    if torch.is_autocast_enabled(output.device.type):
-        return output
-    return output.to(wrapper.original_module.weight.dtype)
 
 
 if PeftType.MMA not in PEFT_TYPE_TO_CONFIG_MAPPING:

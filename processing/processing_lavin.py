@@ -4,20 +4,17 @@ import os
 import re
 from itertools import groupby
 
-from tokenizers import AddedToken
-from transformers import AutoConfig, AutoTokenizer
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, is_valid_image
+from transformers.image_utils import is_valid_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .configuration_lavin import check_image_size, default_vision_feature_layers, sides, vision_part
+from .files_lavin import installed
 from .images_lavin import read_image
-from .tokenizer_lavin import without_word_start
 
 
 # LaVIN's format: [BOS] "Image: " <image tokens> prompt answer [EOS], or "Image: N/A" where there is no image. The
 # reference tokenises prefix, image and prompt apart, so each begins with its own word-start marker. The tokenizer of a
-# LaVIN adds no such marker by itself (see `without_word_start`): the template writes the spaces. Then one string, and
+# LaVIN adds no such marker by itself (`without_word_start`): the template writes the spaces. Then one string, and
 # prompt and completion tokenised apart as TRL does, give the same ids.
 #
 # Beyond the format: a system message is a line before "Image:"; a later user turn has the "Image:" header only if it
@@ -176,35 +173,10 @@ class LavinProcessor(ProcessorMixin):
             image_order (`str`, *optional*, defaults to `"first"`): `"first"` or `"interleaved"`, see above.
             kwargs: For `from_pretrained` of configuration and tokenizer (`token`, `cache_dir`, ...).
         """
-        revision = kwargs.pop("revision", None) or "main"
-        config = vision_part(AutoConfig.from_pretrained(vision, revision=vision_revision or revision, **kwargs))
-        for field in ("image_size", "num_hidden_layers"):
-            if getattr(config, field, None) is None:
-                raise ValueError(f"{vision} is no vision tower: a {config.model_type} has no `{field}`.")
-        image_size = config.image_size if image_size is None else image_size
-        check_image_size(*sides(image_size), config)
-        if num_image_tokens is None:
-            num_image_tokens = len(default_vision_feature_layers(config.num_hidden_layers))
-        tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision or revision, **kwargs)
-        if tokenizer.eos_token is None:
-            raise ValueError(f"The tokenizer of {text} has no EOS token: the model could not learn to end an answer.")
-        tokenizer = without_word_start(tokenizer)
-        tokenizer.add_special_tokens(
-            {"extra_special_tokens": [AddedToken(image_token, special=True, normalized=False)]},
-            replace_extra_special_tokens=False,
-        )
-        if chat_template is None:
-            chat_template = DEFAULT_CHAT_TEMPLATE.replace("<image >", _broken(image_token))
-            chat_template = chat_template.replace("<image>", image_token)
-        tokenizer.chat_template = chat_template  # not the base model's: a reloaded folder has one template for both
-        return cls(
-            image_processor=_image_processor(image_size, preprocessing),
-            tokenizer=tokenizer,
-            num_image_tokens=num_image_tokens,
-            image_token=image_token,
-            chat_template=chat_template,
-            image_order=image_order,
-        )
+        given = {"image_token": image_token, "chat_template": chat_template, "image_order": image_order}
+        given |= {"num_image_tokens": num_image_tokens, "image_size": image_size, "preprocessing": preprocessing}
+        given |= {"vision_revision": vision_revision, "text_revision": text_revision}
+        return installed("pair").processor_of_pair(vision, text, **given, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens
@@ -333,7 +305,7 @@ class LavinProcessor(ProcessorMixin):
             if isinstance(item, str):
                 if HALF.search(item):
                     raise ValueError(f"{item[:60]!r} is no text that can be encoded: it holds half of a character.")
-                item = typed.sub(lambda found: _broken(found[0]), item)
+                item = typed.sub(lambda found: broken(found[0]), item)
                 item = " " + item if typed.search(tail + item) else item
                 tail = (tail + item)[1 - longest :]
             return item
@@ -341,7 +313,7 @@ class LavinProcessor(ProcessorMixin):
         return clean(messages)
 
 
-def _broken(token: str) -> str:
+def broken(token: str) -> str:
     """A special token as readable text that is no token."""
     return f"{token[:-1]} {token[-1]}"
 
@@ -391,17 +363,6 @@ def _as_list(images) -> list:
 def _is_batch(images) -> bool:
     """Whether this is an array of several images."""
     return getattr(images, "ndim", 0) == 4 and len(images) != 1
-
-
-def _image_processor(image_size, preprocessing: str) -> CLIPImageProcessorPil:
-    height, width = sides(image_size)
-    square = {"height": height, "width": width}
-    if preprocessing == "lavin":
-        imagenet = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
-        return CLIPImageProcessorPil(size=square, do_center_crop=False, **imagenet)
-    if preprocessing == "clip":  # mean and deviation are the class's defaults, as is bicubic for both
-        return CLIPImageProcessorPil(size={"shortest_edge": min(height, width)}, crop_size=square)
-    raise ValueError(f'`preprocessing` must be "lavin" or "clip", got {preprocessing!r}.')
 
 
 __all__ = ["LavinProcessor"]

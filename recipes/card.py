@@ -6,10 +6,11 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, HfApi, eval_result_entries_to_yaml
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from lavin import LavinConfig, MMAConfig
-from lavin.card_lavin import BEGIN, adapter_digest, add_results, write_card
-from lavin.folder_lavin import ADAPTER_CONFIG, ADAPTER_NAME
+from lavin.card_lavin import BEGIN, END, RESULTS, adapter_digest, split_card, write_card
+from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, replace_text
 from lavin.recipes.init import meta_model
 
 
@@ -134,3 +135,45 @@ def _write_eval_results(folder, results: dict):
 def _our_results(folder) -> list[Path]:
     files = sorted(Path(folder, EVAL_RESULTS).glob("*.yaml"))
     return [file for file in files if file.read_text(encoding="utf-8").startswith(WRITTEN_BY)]
+
+
+def add_results(folder, results: list[EvalResult], name: str):
+    """
+    Puts measured results into the card of a folder: `model-index` in its metadata, a table in its text. Results of the
+    same data set, configuration and split are replaced, those of others stay.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder that has a card of ours.
+        results (`list[EvalResult]`): What was measured with this folder's adapter.
+        name (`str`): The model's name in the index, where the card has none yet.
+    """
+    card = Path(folder, "README.md")
+    metadata, body = split_card(card.read_text(encoding="utf-8"))
+    old = []
+    if metadata.get("model-index"):
+        name, old = model_index_to_eval_results(metadata["model-index"])
+    new = {result.unique_identifier for result in results}
+    results = [result for result in old if result.unique_identifier not in new] + results
+    metadata["model-index"] = eval_results_to_model_index(name, results)
+    section = f"<!-- lavin:results {adapter_digest(folder)} -->\n{_results(results)}\n<!-- /lavin:results -->"
+    if RESULTS.search(body):
+        body = RESULTS.sub(lambda _: f"\n\n{section}", body)
+    else:
+        body = body.replace(END, f"{END}\n\n{section}", 1)
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    replace_text(card, f"---\n{front}---\n{body}")
+
+
+def _results(results: list[EvalResult]) -> str:
+    lines = ["## Results"]
+    for key in dict.fromkeys(result.unique_identifier for result in results):
+        group = [result for result in results if result.unique_identifier == key]
+        names = [result.metric_name or result.metric_type for result in group]
+        values = [f"{r.metric_value:.2f}" if isinstance(r.metric_value, float) else r.metric_value for r in group]
+        lines += ["", f"{group[0].dataset_name}:", ""]
+        for cells in (names, ["---:"] * len(group), values):
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        if group[0].dataset_args:
+            settings = ", ".join(f"{key} {value}" for key, value in group[0].dataset_args.items())
+            lines += ["", f"Measured with `lavin eval`: {settings}."]
+    return "\n".join(lines)

@@ -11,10 +11,11 @@ from peft import inject_adapter_in_model
 from transformers.utils import logging
 
 from lavin import MMAConfig
-from lavin.folder_lavin import ADAPTER_NAME, config_of_pair
+from lavin.adapters_lavin import MLP_NAMES
+from lavin.files_lavin import ADAPTER_NAME
+from lavin.pair import config_of_pair
 from lavin.recipes.convert_pool import convert_pool, has_pool_adapter
 from lavin.recipes.init import check_new_folder, load_pair, meta_model, pair_processor, write_folder
-from lavin.tuner_lavin import MLP_NAMES
 
 
 logger = logging.get_logger(__name__)

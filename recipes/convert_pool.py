@@ -7,7 +7,8 @@ import torch
 from transformers.utils import logging
 
 from lavin import MMAConfig
-from lavin.folder_lavin import ADAPTER_NAME, config_of_pair
+from lavin.files_lavin import ADAPTER_NAME
+from lavin.pair import config_of_pair
 from lavin.projector_lavin import LavinPoolAdapter
 from lavin.recipes.init import load_pair, meta_model, pair_processor, write_folder
 from lavin.tuner_lavin import MMALayer

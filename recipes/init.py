@@ -8,10 +8,11 @@ from peft import inject_adapter_in_model
 from transformers import GenerationConfig
 
 from lavin import LavinConfig, LavinForConditionalGeneration, LavinProcessor, MMAConfig
+from lavin.adapters_lavin import default_target_modules
 from lavin.configuration_lavin import OWN_FIELDS
-from lavin.folder_lavin import ADAPTER_NAME, BASE_WEIGHTS, check_output_folder, config_of_pair
-from lavin.towers_lavin import TOKENIZER_FILES, has_tokenizer
-from lavin.tuner_lavin import default_target_modules
+from lavin.files_lavin import ADAPTER_NAME, BASE_WEIGHTS
+from lavin.pair import TOKENIZER_FILES, config_of_pair, has_tokenizer
+from lavin.saving_lavin import check_output_folder
 
 
 def init_folder(

@@ -15,11 +15,11 @@ from datasets import load_dataset
 from peft import get_peft_model
 
 from lavin import LavinForConditionalGeneration, LavinProcessor, MMAConfig
+from lavin.adapters_lavin import MMAUp
 from lavin.recipes.quickstart import ablation
 from lavin.recipes.quickstart.ablation import LABELS, ROWS, count_acting, run_recipe, write_data
 from lavin.recipes.quickstart.evaluate import load_questions
 from lavin.recipes.quickstart.quickstart import make_model
-from lavin.tuner_lavin import MMAUp
 
 
 SIZES = {"train": (24, 12, 6, 6), "val": (1, 1, 1, 1), "test": (8, 8, 4, 4)}

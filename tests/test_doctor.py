@@ -103,7 +103,7 @@ def test_a_light_folder_without_an_adapter_is_green(folders, capsys, copied):
     "file",
     [
         "modeling_lavin.py",
-        "cache_lavin.py",  # named nowhere but in modeling_lavin.py
+        "routing_lavin.py",  # named nowhere in config.json
         "processor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -483,7 +483,7 @@ def test_the_tiny_model_shows_what_is_broken(monkeypatch):
         lines = tiny_lines()
         assert failed(lines.values()).keys() == {"forward"} and "same logits" in lines["forward"].found
     with monkeypatch.context() as patch:  # an adapter that is not loaded
-        patch.setattr("lavin.folder_lavin.set_adapter_weights", lambda *arguments: None)
+        patch.setattr("lavin.adapters_lavin.set_adapter_weights", lambda *arguments: None)
         assert failed(tiny_lines().values()).keys() == {"save and load"}
     monkeypatch.setattr(tiny, "TOWERS", Path("nowhere"))
     lines = tiny_lines()

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from lavin import LavinConfig, LavinForConditionalGeneration, LavinPeftModel, LavinProcessor, MMAConfig
-from lavin.folder_lavin import AUTO_MAP
+from lavin.saving_lavin import AUTO_MAP
 
 
 IDS = torch.tensor([[1, 5, 6, 7]])

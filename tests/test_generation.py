@@ -8,7 +8,7 @@ import torch
 from conftest import TEXTS, VOCAB, batch, difference, pixels, row, tiny_lavin
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from lavin.cache_lavin import carry_modality
+from lavin.routing_lavin import carry_modality
 
 
 TOLERANCE = 2e-5

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import CompileConfig
 
 from lavin import MMAConfig
-from lavin.cache_lavin import CACHE
+from lavin.routing_lavin import CACHE
 
 
 TOLERANCE = 2e-5

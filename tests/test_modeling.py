@@ -284,7 +284,7 @@ def test_logits_to_keep(model, keep):
 def test_flags():
     cls = LavinForConditionalGeneration
     for flag in ("_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend"):
-        assert getattr(cls, flag) is True and flag in vars(cls.__mro__[1])
+        assert getattr(cls, flag) is True and flag in vars(LavinPreTrainedModel)
     assert cls._can_compile_fullgraph and cls.supports_gradient_checkpointing
     assert cls.main_input_name == "input_ids" and cls.base_model_prefix == "model"
 

@@ -615,7 +615,7 @@ for source, target in [("first", "second"), ("second", "third")]:
         first, third = tmp_path / "first" / family, tmp_path / "third" / family
         for file in [*first.iterdir(), *third.iterdir()]:
             assert str(folders) not in file.read_text() and str(tmp_path) not in file.read_text()
-        for name in ("processing_lavin.py", "configuration_lavin.py", "tokenizer.json", "chat_template.jinja"):
+        for name in ("processing_lavin.py", "images_lavin.py", "tokenizer.json", "chat_template.jinja"):
             assert (first / name).read_bytes() == (third / name).read_bytes()
         chat = [user(picture(), PROMPT), assistant(ANSWER)]
         processor, loaded = LavinProcessor.from_pretrained(first), LavinProcessor.from_pretrained(third)

@@ -9,7 +9,7 @@ from conftest import tiny_lavin
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from lavin import LavinForConditionalGeneration, versions_lavin
+from lavin import LavinForConditionalGeneration, files_lavin
 
 
 def minor(number: str) -> tuple:
@@ -20,7 +20,7 @@ def test_the_range_is_that_of_pyproject_and_constraints():
     pins = [Requirement(line) for line in (compat.ROOT / "constraints.txt").read_text().splitlines()[1:]]
     pins = {r.name: max(s.version for s in r.specifier) for r in reversed(pins)}  # of several, the first
     floors = {**compat.declared(), "torch": Requirement("torch>=2.6")}
-    for name, (oldest, newest) in versions_lavin.RAN_WITH.items():
+    for name, (oldest, newest) in files_lavin.RAN_WITH.items():
         assert minor(oldest) == minor(compat.floor(floors[name]))
         assert minor(newest) >= minor(pins[name])
         assert minor(oldest) <= minor(version(name)) <= minor(newest), "this environment's is outside: run and widen"
@@ -37,8 +37,8 @@ def test_the_range_is_that_of_pyproject_and_constraints():
 ])  # fmt: skip
 def test_one_line_when_a_folder_is_loaded(monkeypatch, tmp_path, caplog, name, installed, said):
     tiny_lavin(adapter=False).save_pretrained(tmp_path)
-    monkeypatch.setattr(versions_lavin, "version", lambda asked: installed if asked == name else version(asked))
-    versions_lavin.logger.warning_once.__func__.cache_clear()
+    monkeypatch.setattr(files_lavin, "version", lambda asked: installed if asked == name else version(asked))
+    files_lavin.logger.warning_once.__func__.cache_clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for _ in range(2):
         LavinForConditionalGeneration.from_pretrained(tmp_path)

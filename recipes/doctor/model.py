@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from transformers.dynamic_module_utils import get_relative_imports
 
 from lavin import LavinConfig
-from lavin.folder_lavin import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, AUTO_MAP
+from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS
 from lavin.recipes.doctor.fit import check_checkpoints, check_processor
 from lavin.recipes.doctor.folder import (
     ADAPTER_AGAIN,
@@ -28,6 +28,7 @@ from lavin.recipes.doctor.folder import (
 )
 from lavin.recipes.doctor.report import FAIL, OK, SKIP, Check, Line, said
 from lavin.recipes.doctor.weights import check_adapter, check_base_weights
+from lavin.saving_lavin import AUTO_MAP
 
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")

@@ -14,8 +14,7 @@ from transformers.utils import cached_file
 
 from lavin import LavinConfig
 from lavin.card_lavin import ADAPTER_FILE, adapter_digest
-from lavin.files_lavin import find_file
-from lavin.folder_lavin import BASE_WEIGHTS
+from lavin.files_lavin import BASE_WEIGHTS, find_file
 
 from .answers import render
 

@@ -11,8 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lavin.files_lavin import read_text
-from lavin.folder_lavin import ADAPTER_NAME
+from lavin.files_lavin import ADAPTER_NAME, read_text
 from lavin.recipes.load import default_device, default_dtype, load_model
 
 from .predictions import model_identity

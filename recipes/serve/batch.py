@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lavin.cache_lavin import CACHE
+from lavin.routing_lavin import CACHE
 
 from .answer import AnswerText
 

@@ -3,8 +3,7 @@
 import torch
 
 from lavin import LavinConfig
-from lavin.files_lavin import find_file
-from lavin.folder_lavin import ADAPTER_CONFIG, ADAPTER_NAME
+from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, find_file
 from lavin.recipes.init import meta_model
 from lavin.recipes.train.settings import Settings
 from lavin.trainable_lavin import BOTH, EXISTING_ADAPTER, QUANTISED, check_patterns, trained_names

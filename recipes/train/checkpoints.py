@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from lavin.folder_lavin import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, BASE_WEIGHTS
+from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, BASE_WEIGHTS
 
 
 STATE = "trainer_state.json"  # TRL writes it last

@@ -9,20 +9,14 @@ from peft import PeftConfig
 
 from lavin import LavinConfig, LavinProcessor, MMAConfig
 from lavin.configuration_lavin import OWN_FIELDS
-from lavin.files_lavin import find_file, read_text
-from lavin.folder_lavin import (
-    ADAPTER_CONFIG,
-    ADAPTER_NAME,
-    BASE_WEIGHTS,
-    _trainable_config,
-    check_output_folder,
-    local_checkpoints,
-)
+from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, BASE_WEIGHTS, find_file, read_text
+from lavin.pair import tower_config
+from lavin.peft_lavin import training_config as _trainable_config
 from lavin.recipes.init import meta_model
 from lavin.recipes.load import check_agreement
 from lavin.recipes.train.base import asked_patterns, check_base_options, trained_of_base
 from lavin.recipes.train.settings import Settings
-from lavin.towers_lavin import tower_config
+from lavin.saving_lavin import check_output_folder, local_checkpoints
 
 
 KEEPS_ALL = ("end", "checkpoint", "all_checkpoints")  # `hub_strategy`: after the run the whole folder is on the Hub
