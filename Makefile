@@ -6,7 +6,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart tasks test compat conformance families faults quality bench ablation clean
+.PHONY: quickstart tasks test compat conformance families faults quality docs bench ablation clean
 
 quickstart: $(VENV)/.train  ## train and test a tiny LaVIN on this machine; ARGS="--image FILE" asks about your own image
 	$(VENV)/bin/lavin quickstart $(ARGS)
@@ -32,6 +32,9 @@ faults: $(VENV)/.dev  ## bad input, damaged files, kills, full disks, no network
 quality: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/.docs  ## the pages of docs/ as a site in outputs/docs: index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.train
 	$(VENV)/bin/python -m lavin.recipes.bench $(ARGS)
