@@ -14,7 +14,15 @@ from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("README.md", "C*.md", "SKILL.md", "CITATION.cff", "recipes/**/README.md", "recipes/**/*.png", "tests/*/README.md")
+OUTSIDE = (
+    "README.md",
+    "C*.md",
+    "SKILL.md",
+    "CITATION.cff",
+    "recipes/**/README.md",
+    "recipes/**/*.png",
+    "tests/*/README.md",
+)
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#:\s]+)((?:#[^)]*)?\))")  # what has a colon leads elsewhere
 NAME = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Example):")

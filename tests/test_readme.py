@@ -1,6 +1,6 @@
 """
-Everything in README.md that can be run here is run, in its order, in one folder. The names of checkpoints of the Hub
-stand for tiny random ones; nothing else is changed.
+What README.md and docs/own-data.md show is run here, in its order, in one folder. The names of checkpoints of the Hub
+stand for tiny random ones; nothing else is changed. Other pages: `test_docs.py`.
 """
 
 import json
@@ -40,16 +40,25 @@ NAMES = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+def blocks(language: str, *pages: str) -> list[str]:
+    """Fenced blocks of some pages, those of the README by default."""
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages or ("README.md",))
+    found = re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
     for name, local in NAMES.items():
         found = [block.replace(name, local) for block in found]
     return found
 
 
-def commands(name: str) -> list[list[str]]:
-    lines = "".join(blocks("bash")).splitlines()
+def commands(name: str, *pages: str) -> list[list[str]]:
+    lines = "".join(blocks("bash", *pages)).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{name} ")]
+
+
+def run_python(*pages: str):
+    for page in pages:
+        namespace = {}
+        for block in blocks("python", page):
+            exec(compile(block, page, "exec"), namespace)
 
 
 @pytest.fixture(scope="module")
@@ -87,44 +96,47 @@ def folder(tmp_path_factory):
     try:
         assert main(["init", "--vision", "tiny-clip", "--text", "tiny-llama", "--output", "org-lavin-7b"]) == 0
         AutoModel.from_pretrained("org-lavin-7b", mma={}).save_pretrained("org-lavin-7b")
-        namespace = {}
-        for block in blocks("python"):
-            exec(compile(block, "README.md", "exec"), namespace)
+        run_python("README.md", "docs/own-data.md")
     finally:
         os.chdir(before)
     return folder
 
 
-def test_python_blocks_run(folder, capsys):
-    assert len(blocks("python")) == 5
+def test_python_blocks_run(folder):
+    assert (len(blocks("python")), len(blocks("python", "docs/own-data.md"))) == (1, 3)
     assert (folder / "my-lavin" / "config.json").is_file() and not list((folder / "my-lavin").glob("*.safetensors"))
     assert (folder / "train.parquet").is_file()
 
 
 def test_lavin_commands_run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    seen = [command[1] for command in commands("lavin")]
-    known = "doctor doctor ask init data data train eval card card convert export serve"
-    assert seen == known.split()
-    for command in commands("lavin"):
+    pages = ("README.md", "docs/own-data.md", "docs/idea.md", "docs/migration.md", "docs/serving.md")
+    seen = {tuple(command[1:]) for command in commands("lavin", *pages)}
+    known = {"doctor", "ask", "init", "data", "train", "eval", "card", "convert", "export", "serve"}
+    assert {command[0] for command in seen} == known
+    for command in sorted(seen):
         # What needs a training (below), a Hub (`test_cli.py`), a client (`test_serve.py`) or half a minute
         # (`test_doctor.py`): its options are known.
-        if command[1] in ("train", "eval", "card", "serve", "doctor"):
-            build_parser().parse_args(command[1:])
+        if command[0] in ("train", "eval", "card", "serve", "doctor") or "my-lavin-mma" in command:
+            build_parser().parse_args(command)
             continue
         # A released adapter belongs to one base; the fixture has its own.
-        base = {"tiny-llama": f"{FIXTURE}/llama", "tiny-clip": f"{FIXTURE}/clip"} if command[1] == "convert" else {}
-        assert main([base.get(word, word) for word in command[1:]]) == 0, command
+        base = {"tiny-llama": f"{FIXTURE}/llama", "tiny-clip": f"{FIXTURE}/clip"} if command[0] == "convert" else {}
+        assert main([base.get(word, word) for word in command]) == 0, command
     assert (folder / "lavin-7b" / "mma" / "adapter_model.safetensors").is_file()
     assert list(folder.glob("data/scienceqa/train-*.parquet")) and list(folder.glob("data/instructions/*.parquet"))
     assert (folder / "lavin-7b-plain" / "image" / "image_tokens.pt2").is_file()
     assert "Wrote my-lavin" in capsys.readouterr().out
 
 
-def test_make_targets_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"make (\w+)", README)) - {"a"}
-    assert targets and all(re.search(rf"^{target}:", makefile, flags=re.M) for target in targets), targets
+def test_readme_is_one_screen_and_its_numbers_stand_elsewhere():
+    assert len(README.splitlines()) < 180
+    (quickstart,) = re.findall(r"<!-- quickstart:numbers -->\n(.*?)<!-- /quickstart:numbers -->", README, flags=re.S)
+    pages = ("docs/benchmarks.md", "recipes/serve/README.md", "recipes/compare/README.md")
+    sources = quickstart + "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+    headlines = README.partition("## Numbers")[2].partition("**Rivals")[0]
+    figures = re.findall(r"\d+\.\d+|\d{1,3}(?:,\d{3})+", headlines)
+    assert len(figures) > 10 and [figure for figure in figures if figure not in sources] == []
 
 
 @pytest.mark.slow
@@ -148,7 +160,11 @@ def test_training_with_the_readmes_yaml(folder, monkeypatch):
     assert main(["card", str(trained)]) == 0 and (trained / "README.md").read_text() == card
     monkeypatch.chdir(folder)
     train, evaluate, results = (
-        next(c[1:] for c in commands("lavin") if c[1] == name and (name != "card" or "--results" in c))
+        next(
+            c[1:]
+            for c in commands("lavin", "docs/own-data.md")
+            if c[1] == name and (name != "card" or "--results" in c)
+        )
         for name in ("train", "eval", "card")
     )
     assert main([*train, *cpu, "--max_steps", "3", "--report_to", "none"]) == 0  # goes on from the run above
