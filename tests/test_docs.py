@@ -1,6 +1,6 @@
 """
 The pages of docs/, of the root and of the recipes: every command is one, by its own parser; every Python block runs on
-tiny checkpoints. A block that needs more says so in its first line: `# needs a GPU`, `# needs the Hub`, `# needs a server`.
+tiny checkpoints. A block that needs more says so in its first line: `# needs a GPU`, `the Hub`, `a server`.
 """
 
 import io
@@ -9,7 +9,6 @@ import runpy
 import shlex
 import subprocess
 import sys
-import tomllib
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +40,8 @@ def text_of(page: str) -> str:
 
 def check_training(words: list[str], parser):
     """Options of TRL and of `accelerate launch`; files of this repository are there."""
-    known = {*parser._option_string_actions, *launch_command_parser()._option_string_actions, "--accelerate_config"}
+    known = {*parser._option_string_actions, *launch_command_parser()._option_string_actions}
+    known |= {"--config", "--accelerate_config"}  # which TRL reads before its parser
     assert {word for word in words if word.startswith("--")} <= known, words
     for word in words:
         assert not word.startswith("recipes/") or (ROOT / word).is_file(), word
@@ -74,7 +74,7 @@ def check(words: list[str]) -> bool:
         assert all(re.search(rf"^{target}:", MAKEFILE, flags=re.M) for target in targets), words
     elif name == "pip" and "-e" in rest:
         extras = re.findall(r"\w+", rest[-1])
-        known = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+        known = re.findall(r"^(\w+) = \[", text_of("pyproject.toml"), flags=re.M)
         assert rest[:-1] == ["install", "-c", "constraints.txt", "-e"] and set(extras) <= set(known), words
     elif name == "python" and rest[0] == "-m":
         check_module(rest[1:])
