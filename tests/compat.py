@@ -3,7 +3,7 @@ The test suite on the oldest and on the newest transformers, TRL, PEFT and huggi
 
 The oldest are the lower limits in `pyproject.toml`, for the Python that runs this; the newest are what the package
 index gives within its limits, torch among them. Everything else comes from `constraints.txt`. Each gets an environment
-of its own, in which the tests run; the table at the end is the one in the README.
+of its own, in which the tests run; the table at the end is the one in docs/benchmarks.md.
 """
 
 import argparse

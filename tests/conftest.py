@@ -208,7 +208,7 @@ def hub(tmp_path_factory):
     server.kill()
 
 
-# Python 3.10 gets no newer than TRL 1.14, which cannot do these (README, "Limits").
+# Python 3.10 gets no newer than TRL 1.14, which cannot do these (docs/limits.md).
 NEEDS_TRL_1_15 = ("test_trl_assistant_only_loss", "test_truncated_image_tokens")
 
 
