@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
+# A file at a time in each of two processes, in the order of tests/conftest.py.
+IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
+
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart tasks test compat conformance families faults quality docs bench ablation clean
+.PHONY: quickstart tasks test test-slow test-all compat conformance families faults quality docs bench ablation clean
 
 quickstart: $(VENV)/.train  ## train and test a tiny LaVIN on this machine; ARGS="--image FILE" asks about your own image
 	$(VENV)/bin/lavin quickstart $(ARGS)
@@ -14,8 +17,14 @@ quickstart: $(VENV)/.train  ## train and test a tiny LaVIN on this machine; ARGS
 tasks: $(VENV)/.train $(VENV)/.eval  ## captions and boxes: the pool-adapter beside the class-token taps
 	$(VENV)/bin/python -m lavin.recipes.tasks $(ARGS)
 
-test: $(VENV)/.dev  ## all tests, a file at a time in each of two processes; ARGS="-m 'not slow'" leaves the long ones out
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(VENV)/.dev  ## the quick tests and the main path, some minutes on two cores; ARGS goes to pytest
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(IN_TWO) $(ARGS)
+
+test-slow: $(VENV)/.dev  ## all the others: real training runs, fresh environments, every family of transformers
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(IN_TWO) -m "slow and not main_path" $(ARGS)
+
+test-all: $(VENV)/.dev  ## every test
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(IN_TWO) -m "" $(ARGS)
 
 compat: $(VENV)/.dev  ## the tests on the oldest and newest supported transformers, TRL and PEFT; ARGS=--all: slow ones too
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/compat.py $(ARGS)
@@ -27,7 +36,7 @@ families: $(VENV)/.dev  ## every decoder and every tower of the installed transf
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/families $(ARGS)
 
 faults: $(VENV)/.dev  ## bad input, damaged files, kills, full disks, no network: outputs/faults/table.md says what happened
-	HF_HUB_OFFLINE=1 LAVIN_FAULTS=1 $(VENV)/bin/python -m pytest -q tests/test_faults_*.py tests/test_soak.py $(ARGS)
+	HF_HUB_OFFLINE=1 LAVIN_FAULTS=1 $(VENV)/bin/python -m pytest -q -m "" tests/test_faults_*.py tests/test_soak.py $(ARGS)
 
 quality: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

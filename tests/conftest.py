@@ -32,6 +32,9 @@ from transformers import (
 from lavin import LavinConfig, LavinForConditionalGeneration, MMAConfig
 
 
+# DeepSpeed compiles for all processes here, one place for each of pytest's processes (`no_stale_lock`).
+EXTENSIONS = Path(sys.prefix, "torch_extensions", os.environ.get("PYTEST_XDIST_WORKER", "main"))
+os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
 STANDIN = Path(__file__).parents[2] / "shared" / "tools" / "hub_standin.py"
 VOCAB, PAD, BOS, EOS = 64, 0, 1, 2
 SHAPE = {
@@ -166,6 +169,13 @@ def one_thread():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_stale_lock():
+    """A process killed while it loads an extension leaves a lock, for which every later one would wait for ever."""
+    for lock in EXTENSIONS.glob("*/lock"):
+        lock.unlink()
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A tiny tower and a tiny Llama with its tokenizer, as folders."""
@@ -208,11 +218,34 @@ def hub(tmp_path_factory):
     server.kill()
 
 
+class AtOnce:
+    """Says at once what failed: a run that is killed prints no summary."""
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.terminal.write_line(f"\nFAILED {report.nodeid}, {report.when}, after {report.duration:.0f} s")
+            self.terminal.write_line("\n".join(report.longreprtext.splitlines()[-25:]))
+
+
+def pytest_sessionstart(session):
+    if terminal := session.config.pluginmanager.get_plugin("terminalreporter"):  # not in the processes of xdist
+        session.config.pluginmanager.register(AtOnce(terminal))
+
+
+# The files that take longest go first, so that no process of `--dist loadfile` works alone at the end.
+LONGEST = ("test_train", "test_families", "test_recipe_runs", "test_engines", "test_segments", "test_trl")
+
 # Python 3.10 gets no newer than TRL 1.14, which cannot do these (docs/limits.md).
 NEEDS_TRL_1_15 = ("test_trl_assistant_only_loss", "test_truncated_image_tokens")
 
 
 def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
     if Version(version("trl")) >= Version("1.15"):
         return
     for item in items:

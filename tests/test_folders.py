@@ -132,6 +132,7 @@ def test_folder_is_complete_and_names_no_machine_in_mma(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.main_path
 def test_folder_loads_and_saves_where_lavin_is_not_installed(folder, expected, tmp_path):
     torch.save(expected, tmp_path / "expected.pt")
     assert "loaded" in run(LOAD, folder, tmp_path / "expected.pt", {}, tmp_path / "again")

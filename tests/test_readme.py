@@ -102,6 +102,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.main_path
 def test_python_blocks_run(folder):
     assert (len(blocks("python")), len(blocks("python", "docs/own-data.md"))) == (1, 3)
     assert (folder / "my-lavin" / "config.json").is_file() and not list((folder / "my-lavin").glob("*.safetensors"))

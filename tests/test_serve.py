@@ -187,6 +187,7 @@ def long_answer(offline, *urls: str) -> str:
     raise AssertionError("every answer ends")
 
 
+@pytest.mark.main_path
 def test_answers_equal_those_of_lavin_ask(client, folder, offline, tmp_path):
     (tmp_path / "a.png").write_bytes(picture("red"))
     for images in ([], [str(tmp_path / "a.png")]):

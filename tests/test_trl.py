@@ -106,6 +106,7 @@ def distance(a: Path, b: Path) -> float:
     return float((top / sum(value.norm() ** 2 for value in b.values())) ** 0.5)
 
 
+@pytest.mark.main_path
 def test_three_steps_from_yaml_then_resume_and_continue(light, rows, tmp_path):
     losses, _ = sft(light, tmp_path / "run", rows)
     assert len(losses) == 3
