@@ -156,6 +156,7 @@ def test_the_real_problems(tmp_path):
 # ---- ScienceQA: the command
 
 
+@pytest.mark.slow
 def test_scienceqa_command_writes_rows_of_trl(sqa, tmp_path):
     done = command("scienceqa", "--root", sqa, "--split", "train", "--format", "CQM-LEA", "--captions", "--output",
                    tmp_path / "out", "--num-proc", 2)  # fmt: skip
@@ -335,6 +336,7 @@ def test_a_talk_through_trls_own_tokenisation(llama, tmp_path):  # noqa: F811
     assert len(batch["pixel_values"]) == 2
 
 
+@pytest.mark.slow
 def test_instructions_command_mixes_files_and_formats(tmp_path):
     colour(tmp_path / "images/cat.jpg")
     (tmp_path / "alpaca.json").write_text(
@@ -510,6 +512,7 @@ def test_earlier_files_are_replaced_foreign_ones_refused(sqa, tmp_path, monkeypa
     assert len(load(one.pattern, tmp_path / "cache")) == 100
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_rows_that_look_complete(sqa, tmp_path):
     out = tmp_path / "out"
     code = """

@@ -21,6 +21,7 @@ from lavin.recipes import export, prompt_embeds
 from lavin.recipes.export import compare, export_folder
 
 
+pytestmark = pytest.mark.slow
 QUESTION = "What is this?"
 
 
@@ -61,7 +62,6 @@ def test_the_other_modality_differs(exported, trained):
     assert wrong["largest_difference"] > 100 * measured["text"]["largest_difference"]
 
 
-@pytest.mark.slow
 def test_cards_run_where_lavin_is_not_installed(exported, trained, tmp_path):
     folder, _ = exported
     Image.new("RGB", (40, 20), (200, 30, 30)).save(tmp_path / "picture.png")
@@ -227,7 +227,6 @@ def test_a_chat_template_of_another_is_refused_before_anything_is_written(traine
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_the_commands(trained, tmp_path):
     lavin = [sys.executable, "-m", "lavin.recipes.cli", "export", str(trained)]
     done = subprocess.run(

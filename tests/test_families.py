@@ -56,6 +56,7 @@ def test_every_tower(walk, letter):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_a_stateful_language_model_is_not_decoded_with_drafts(walk):
     """Its state cannot go back to before a draft that was wrong: transformers refuses, for the base and for LaVIN."""
     row, _ = walk.row("text", "jamba")
@@ -87,6 +88,7 @@ def test_what_is_wrong_is_said():
     assert "cannot do that" in row.cells["both refuse"][1] and "test_families.py" in row.cells["crash"][1]
 
 
+@pytest.mark.slow
 def test_the_page(walk):
     """It is the same each time, has the counts, and every sentence that refuses a family."""
     texts = [walk.row("text", name)[0] for name in ("llama", "gemma2", "git")]

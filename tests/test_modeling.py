@@ -360,12 +360,9 @@ def test_an_adapter_on_a_base_that_lies_on_the_disk(tmp_path, part):
         assert difference(logits(model.eval(), **inputs), logits(source.eval(), **inputs)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "text, backend",
-    [
-        ("llama2", "eager"),
-        *(pytest.param(text, "aot_eager", marks=pytest.mark.slow) for text in ("llama2", "qwen2", "gpt2")),
-    ],
+    "text, backend", [("llama2", "eager"), ("llama2", "aot_eager"), ("qwen2", "aot_eager"), ("gpt2", "aot_eager")]
 )
 def test_compiles_as_one_graph(text, backend):
     model = tiny_lavin(text, mma={"dropout": 0.0})
@@ -384,6 +381,7 @@ def test_compiles_as_one_graph(text, backend):
     assert_same_gradients(gradients(model, lambda: compiled(**inputs).loss), expected, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_compiles_with_a_cache(kind):
     model = tiny_lavin()
@@ -399,6 +397,7 @@ def test_compiles_with_a_cache(kind):
     assert difference(decode(compiled), decode(model)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_compiled_code_sees_a_changed_weight():
     model = tiny_lavin()
     torch._dynamo.reset()

@@ -107,6 +107,7 @@ def test_pope(tmp_path, capsys):
     assert [answer for *_, answer in said(rows)] == ["yes", "no"] * 4
 
 
+@pytest.mark.slow
 def test_bad_entries_are_left_out_and_listed(tmp_path, capsys):
     """Each fault by its name; the good ones are written."""
     questions, answers = task_files.vqa(tmp_path)
