@@ -3,7 +3,8 @@ transformers' model and training tests by their own names, on tiny LaVINs. `make
 
 | not here | because |
 |---|---|
-| batching, padding, eager and SDPA, device maps, compilation, checkpointed gradients | tests/test_modeling.py |
+| batching, padding, eager and SDPA, device maps | tests/test_modeling.py |
+| compilation, checkpointed gradients | tests/test_gradients.py |
 | folders, shards, missing tensors | tests/test_folders.py |
 | feed-forward chunking, position resizing, problem types, encoder-decoders, experts, audio, video | LaVIN has none |
 | reentrant checkpointing | turned into the non-reentrant kind, with a message |

@@ -10,18 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
-    CLIPConfig,
     CLIPVisionConfig,
     PreTrainedTokenizerFast,
-    SiglipVisionConfig,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lavin.processing_lavin import DEFAULT_CHAT_TEMPLATE, LavinProcessor
 
@@ -347,240 +343,11 @@ def test_sentencepiece_model_that_cannot_be_followed_is_named(folders, lone_mode
     assert "differ from SentencePiece's own" in caplog.text and "tokenizer.json" in caplog.text
 
 
-# ---- the template
-
-
-def test_conversations(qwen):
-    system = {"role": "system", "content": "Be brief."}
-    end = "<|im_end|>"
-    cases = [
-        ([user(None, PROMPT)], " Image: <image> " + PROMPT),
-        ([{"role": "user", "content": PROMPT}], " Image: N/A " + PROMPT),
-        ([user(None, None, "Same?")], " Image: <image><image> Same?"),
-        ([user("Is", None, "like", None, "?")], " Image: <image><image> Is like ?"),
-        ([user(None)], " Image: <image>"),
-        ([user(None, "a", "b")], " Image: <image> ab"),
-        ([system, user("Why?")], " Be brief.\n Image: N/A Why?"),
-        ([user("Why?"), assistant("No.")], f" Image: N/A Why?\nResponse:No.{end}"),
-        (
-            [user(None, PROMPT), assistant("A."), user("Why?"), assistant("B."), user(None, "And this?")],
-            f" Image: <image> {PROMPT}A.{end} Why?\nResponse:B.{end} Image: <image> And this?",
-        ),
-    ]
-    for messages, expected in cases:
-        assert render(qwen, *messages) == expected
-    qwen.image_order = "interleaved"
-    text = render(qwen, user("Is", None, "like", None, "?"))
-    qwen.image_order = "first"
-    assert text == " Image: Is <image> like <image> ?"
-
-
-def test_generation_prompt_and_turns_are_prefixes(processor):
-    """What the model saw before it answered is what it was trained on; a longer chat begins with the shorter one."""
-    chat = [user(None, "Which is it?"), assistant("A cat."), user("Why?"), assistant("No."), user(None, PROMPT)]
-    texts = [render(processor, *chat[:n], add_generation_prompt=n % 2 == 1) for n in range(1, 6)]
-    assert all(longer.startswith(shorter) for shorter, longer in zip(texts, texts[1:], strict=False))
-    assert texts[0].endswith("Which is it?\nResponse:")
-    assert texts[4].endswith(PROMPT) and not texts[4].endswith("Response:\nResponse:")
-
-
-def test_continue_final_message(processor):
-    chat = [user(None, PROMPT), assistant("The <image> answer")]
-    text = render(processor, *chat, continue_final_message=True)
-    assert text.endswith(PROMPT + "The <image > answer")
-    # TRL's own way with a prompt that ends in the assistant's words
-    rows = {"images": [picture()], "prompt": chat, "completion": [assistant(" is B.")]}
-    labels = collate(processor, rows, completion_only_loss=True)["labels"][0]
-    assert processor.decode(labels[labels != -100], skip_special_tokens=True) == " is B."
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_assistant_mask_lies_on_the_answers(processor, side):
-    picks = [
-        [user(picture(), "Is", picture(), "it?"), assistant("Red."), user(picture(), "Why?"), assistant("A cat.")],
-        [user("Why?"), assistant("The answer is A.")],
-    ]
-    kwargs = {"padding": True, "padding_side": side}
-    batch = processor.apply_chat_template(
-        picks, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, processor_kwargs=kwargs
-    )
-    eos = processor.tokenizer.eos_token
-    for ids, mask, expected in zip(
-        batch["input_ids"], batch["assistant_masks"], [f"Red.{eos}A cat.{eos}", f"The answer is A.{eos}"], strict=True
-    ):
-        assert processor.decode([i for i, m in zip(ids, mask, strict=True) if m]) == expected
-
-
-def test_trl_assistant_only_loss(processor):
-    utils = pytest.importorskip("trl.chat_template_utils")
-    assert utils.has_generation_markers(processor.chat_template)
-    assert utils.is_chat_template_stop_token_trained(processor)
-    rows = [
-        {"images": [picture()] * 2, "messages": [user(None, "Is", None, "it?"), assistant("Red."), user("Why?")]},
-        {"images": [], "messages": [user("Why?"), assistant("No."), user("Why?"), assistant("A cat.")]},
-    ]
-    labels = collate(processor, *rows, assistant_only_loss=True)["labels"]
-    eos = processor.tokenizer.eos_token
-    assert [processor.decode(row[row != -100]) for row in labels] == [f"Red.{eos}", f"No.{eos}A cat.{eos}"]
-
-
-def test_own_template_and_image_token(folders, tmp_path):
-    own = "{% for part in messages[0].content %}{{ part.text if part.type == 'text' else '<|img|>' }}{% endfor %}"
-    processor = LavinProcessor.from_vision_text_pretrained(
-        folders / "vision", folders / "qwen", image_token="<|img|>", chat_template=own
-    )
-    text = render(processor, user(None, "a <|img|> <image>"))
-    assert text == "<|img|>a <|img| > <image>"  # typed text is text in every template
-    processor.save_pretrained(tmp_path)
-    loaded = LavinProcessor.from_pretrained(tmp_path)
-    assert loaded.image_token == "<|img|>" and loaded.chat_template == loaded.tokenizer.chat_template == own
-    default = LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / "qwen", image_token="<|img|>")
-    assert render(default, user(None, "a <|img|>")) == " Image: <|img|> a <|img| >"
-
-
-def test_unknown_roles_and_parts_are_named(qwen):
-    with pytest.raises(Exception, match='"user" and "assistant", got "tool"'):
-        render(qwen, {"role": "tool", "content": "x"})
-    with pytest.raises(Exception, match='got "sound"'):
-        render(qwen, {"role": "user", "content": [{"type": "sound"}]})
-
-
-# ---- a typed image token is text
-
-TYPED = [("What does <image> mean?",), ("<image>", "<image>"), ("<ima", "ge> twice <ima", "ge>"), ("<im<image>age>",)]
-
-
-@pytest.mark.parametrize("texts", TYPED)
-@pytest.mark.parametrize("images", [0, 1])
-def test_typed_image_token_stays_text(processor, texts, images):
-    chat = [user(*[picture()] * images, *texts), assistant("An <image> tag.")]
-    before = json.dumps(chat, default=str)
-    ids = row_ids(processor, *chat)
-    assert ids.count(processor.image_token_id) == images * processor.num_image_tokens
-    text = processor.decode(ids, skip_special_tokens=True)
-    assert "<image >" in text or "ge>" in text  # readable
-    assert "An <image > tag." in text
-    assert json.dumps(chat, default=str) == before
-    rows = {"images": [picture()] * images, "prompt": [user(*[None] * images, *texts)], "completion": chat[1:]}
-    assert collate(processor, rows)["input_ids"][0].tolist() == ids
-    rows = {"images": [picture()] * images, "messages": [user(*[None] * images, *texts), chat[1]]}
-    assert collate(processor, rows)["input_ids"][0].tolist() == ids
-
-
-def test_no_split_of_typed_tokens_makes_an_image(qwen):
-    dice = random.Random(0)
-    pieces = ["<", "<image>", "<ima", "ge>", "image", ">", " ", "", "a"]
-    for _ in range(300):
-        texts = ["".join(dice.choices(pieces, k=4)) for _ in range(6)]
-        roles = dice.choices(["system", "user", "assistant"], k=3)
-        parts = [user(*texts[i : i + 2])["content"] for i in (0, 2, 4)]
-        chat = [{"role": role, "content": content} for role, content in zip(roles, parts, strict=True)]
-        assert qwen.image_token_id not in row_ids(qwen, *chat), chat
-
-
-def test_typed_image_token_does_not_shift_images_between_rows(qwen):
-    red, blue = picture(color=(255, 0, 0)), picture(color=(0, 0, 255))
-    rows = [example("A typed <image>", "x", red), example("Another", "x", blue)]
-    batch = collate(qwen, *rows)
-    assert (batch["input_ids"] == qwen.image_token_id).sum(1).tolist() == [qwen.num_image_tokens] * 2
-    assert batch["pixel_values"][0, 0].mean() > 0 > batch["pixel_values"][1, 0].mean()
-
-
-def test_typed_image_token_where_only_the_tokenizer_renders(qwen):
-    assert "<image >" in qwen.tokenizer.apply_chat_template([user("a <image>")], tokenize=False)
-
-
 # ---- images
 
 
 def noise(width, height):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def expected_pixels(image, mean, std):
-    pixels = np.asarray(image, dtype=np.float64) / 255
-    return torch.tensor((pixels - mean) / std).permute(2, 0, 1).float()
-
-
-def test_preprocessing_is_the_references(qwen):
-    """RGB, squashed to the tower's square with bicubic, ImageNet's mean and deviation."""
-    image = noise(30, 50)
-    squashed = image.resize((16, 16), Image.Resampling.BICUBIC)
-    expected = expected_pixels(squashed, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    pixels = qwen(text="<image>", images=image, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels[0], expected, atol=1e-5, rtol=0)
-
-
-def test_clip_preprocessing_is_stored(folders, tmp_path):
-    processor = LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / "qwen", preprocessing="clip")
-    processor.save_pretrained(tmp_path)
-    image = noise(32, 16)
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    expected = expected_pixels(image.crop((8, 0, 24, 16)), mean, std)
-    for candidate in (processor, LavinProcessor.from_pretrained(tmp_path)):
-        pixels = candidate(text="<image>", images=image, return_tensors="pt")["pixel_values"]
-        torch.testing.assert_close(pixels[0], expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16"])
-@pytest.mark.parametrize("size", [(9, 7), (1, 1), (40, 3), (3, 40)])
-def test_every_kind_of_image(qwen, mode, size):
-    pixels = qwen(text="<image>", images=[Image.new(mode, size)], return_tensors="pt")["pixel_values"]
-    assert pixels.shape == (1, 3, 16, 16) and pixels.isfinite().all()
-
-
-def test_vision_checkpoints(folders, tmp_path):
-    CLIPConfig(vision_config={"num_hidden_layers": 12, "image_size": 32}).save_pretrained(tmp_path / "clip")
-    SiglipVisionConfig(num_hidden_layers=8, image_size=48).save_pretrained(tmp_path / "siglip")
-    for name, size, tokens in [("clip", 32, 3), ("siglip", 48, 2)]:
-        processor = LavinProcessor.from_vision_text_pretrained(tmp_path / name, folders / "qwen")
-        batch = processor(text="<image>", images=picture(), return_tensors="pt")
-        assert batch["pixel_values"].shape[-2:] == (size, size) and batch["input_ids"].shape == (1, tokens)
-    given = LavinProcessor.from_vision_text_pretrained(tmp_path / "clip", folders / "qwen", num_image_tokens=5)
-    assert given.num_image_tokens == 5
-
-
-def test_pil_where_torchvision_would_be_taken(qwen):
-    """On a machine with torchvision the Auto classes load that backend, which resizes otherwise."""
-    other = type("CLIPImageProcessor", (CLIPImageProcessorPil,), {})(size={"height": 16, "width": 16})
-    assert type(LavinProcessor(other, qwen.tokenizer, 2).image_processor) is CLIPImageProcessorPil
-    assert LavinProcessor(other, qwen.tokenizer, 2).image_processor.size == {"height": 16, "width": 16}
-
-
-def test_rows_with_and_without_images(qwen):
-    texts = ["<image><image> a", "b", "<image> c"]
-    image = picture()
-    for images in ([[image, image], [], [image]], [[image, image], None, image], [image] * 3):
-        if images == [image] * 3:
-            texts = ["<image> a", "<image> b", "<image> c"]
-        batch = qwen(text=texts, images=images, padding=True, return_tensors="pt")
-        assert len(batch["pixel_values"]) == 3
-    assert "pixel_values" not in qwen(text=["a", "b"], images=[[], []])
-    assert len(qwen(text=["<image> a", "b"], images=[image])["pixel_values"]) == 1
-
-
-def test_left_padding_by_default(qwen, folders, tmp_path):
-    def padding(processor, **kwargs):
-        return processor(text=["a b c d", "a"], padding=True, return_tensors="pt", **kwargs)["attention_mask"][1]
-
-    qwen.save_pretrained(tmp_path)
-    right = tiny_tokenizer("qwen")
-    right.add_special_tokens({"extra_special_tokens": ["<image>"]})
-    for processor in (qwen, LavinProcessor.from_pretrained(tmp_path), LavinProcessor(qwen.image_processor, right, 2)):
-        assert padding(processor)[0] == 0 and padding(processor)[-1] == 1
-        assert padding(processor, padding_side="right")[0] == 1
-
-
-def test_pad_token_is_no_label(folders):
-    expected = {"qwen": "<|endoftext|>", "llama3": "<|reserved_special_token_0|>", "sentencepiece": "<unk>"}
-    for family, pad in expected.items():
-        tokenizer = LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / family).tokenizer
-        assert tokenizer.pad_token == pad and tokenizer.pad_token_id < len(tokenizer) - 1
-    gpt2 = LavinProcessor.from_vision_text_pretrained(folders / "vision", folders / "gpt2")
-    assert gpt2.tokenizer.pad_token == gpt2.tokenizer.eos_token  # it has no other
-    rows = [example(PROMPT, ANSWER), example(PROMPT, ANSWER * 3)]
-    labels = collate(gpt2, *rows, completion_only_loss=True)["labels"]
-    assert (labels == gpt2.tokenizer.eos_token_id).sum(1).tolist() == [1, 1]
 
 
 # ---- saving
