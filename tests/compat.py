@@ -110,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     options, arguments = parser.parse_known_args(argv)  # the rest is pytest's
     folder = ROOT / "outputs" / "compat"
     folder.mkdir(parents=True, exist_ok=True)
+    # What is deprecated is an error for the versions of `constraints.txt`, not for older and newer ones.
+    arguments = ["-W", "default::FutureWarning", "-W", "default::DeprecationWarning", *arguments]
     arguments = [*(["-m", ""] if options.all else []), *arguments]
     results = [run(which, folder, arguments) for which in ("oldest", "newest") if options.only in (None, which)]
     print("\n" + table([row for row, _ in results]))

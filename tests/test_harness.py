@@ -17,7 +17,7 @@ from lavin.recipes.quickstart.data import write_dataset
 from lavin.recipes.quickstart.quickstart import TAPS, TINY
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # with its environment, which is gigabytes
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "outputs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 UNREACHABLE = (

@@ -81,6 +81,7 @@ def run(suites: list[str], expression: str, output: Path) -> dict:
         report = output / f"{Path(file).stem}.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", HERE / file, "-q", "-m", "", "--tb=short", "-p", "no:cacheprovider"]
+        command += ["-W", "ignore::DeprecationWarning", "-W", "default::FutureWarning"]  # the originals' own
         command += ["-k", f"({wanted}) and ({expression})" if expression else wanted, f"--junitxml={report}"]
         log = output / f"{Path(file).stem}.log"
         print(f"{file}: {wanted} (log: {log})", file=sys.stderr, flush=True)
