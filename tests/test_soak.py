@@ -12,6 +12,8 @@ from PIL import Image
 from lavin.recipes.load import load_model
 
 
+# To look at every object that lives wakes one of torch's that is deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.distributed.reduce_op.:FutureWarning")
 AREA = "soak"
 WORDS = "what is this red green number of the sides and where does it stand".split()
 
