@@ -4,17 +4,17 @@ import logging
 import shutil
 
 import pytest
-import test_trl
 import torch
+import training
 from conftest import difference, fill
 from datasets import load_dataset
 from safetensors.torch import load_file
-from test_trl import distance, sft
+from training import distance, sft
 from transformers import AutoModel, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 
-light, rows = test_trl.light, test_trl.rows
+light, rows = training.light, training.rows
 # The loss falls, so the best by this measure is the first one.
 BEST_IS_FIRST = {
     "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,

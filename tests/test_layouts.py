@@ -8,22 +8,25 @@ from conftest import batch, tiny_lavin
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from PIL import Image
-from test_trl import DDP, ZERO3, distance, sft
+from test_recipes import LAYOUTS as FILES
+from training import DDP, ZERO3, adapter, distance, sft
+from transformers import AutoModel
 
 from lavin.recipes.quickstart.quickstart import make_model
 
 
 STEPS, GLOBAL_BATCH = 20, 8
-ZERO2 = {**ZERO3, "deepspeed_config": {"zero_stage": 2}}
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 # Processes, rows of each at once, accumulation steps, accelerate's settings; limits on each loss and on the adapter.
 LAYOUTS = {
     "1 x 4, 2 accumulated": (1, 4, 2, None, 1e-5, 1e-3),
     "1 x 1, 8 accumulated": (1, 1, 8, None, 1e-5, 1e-3),
-    "2 processes x 4": (2, 4, 1, DDP, 1e-5, 1e-3),
+    "2 processes x 4": (2, 4, 1, FILES["cpu-ddp"], 1e-5, 1e-3),
     "2 processes x 2, 2 accumulated": (2, 2, 2, DDP, 1e-5, 1e-3),
-    "ZeRO-2, 2 processes x 4": (2, 4, 1, ZERO2, 1e-4, 1e-3),
-    "ZeRO-3, 2 processes x 4": (2, 4, 1, ZERO3, 1e-4, 1e-3),
-    "ZeRO-3, 2 processes x 2, 2 accumulated": (2, 2, 2, ZERO3, 1e-4, 1e-3),
+    "ZeRO-2, 2 processes x 4": (2, 4, 1, FILES["cpu-zero2"], 1e-4, 1e-3),
+    "ZeRO-3, 2 processes x 4": (2, 4, 1, FILES["cpu-zero3"], 1e-4, 1e-3),
+    "ZeRO-3 with offloading, 2 processes x 4": (2, 4, 1, FILES["cpu-zero3-offload"], 1e-4, 1e-3),
+    "ZeRO-3, 2 processes x 2, 2 accumulated, checkpointing": (2, 2, 2, ZERO3, 1e-4, 1e-3),
 }
 # Which rows of a global batch have an image: half of all rows, but micro-batches of 4 with none, some and all.
 PATTERNS = ("....IIII", "IIII....", "........", "IIIIIIII", "I...III.")
@@ -74,15 +77,15 @@ def has_image(i: int) -> bool:
 
 
 def train(light, rows, output, batch_size, accumulated=1, accelerate=None, **settings):
-    """20 steps of the real `trl sft`; a collective that waits for two minutes fails."""
-    losses, _ = sft(
+    """20 steps of `trl sft`; a collective that waits for two minutes fails."""
+    losses, log = sft(
         light, output, rows, accelerate, {"TOWER_LOG": str(output / "tower")},
         max_steps=STEPS, save_steps=STEPS, per_device_train_batch_size=batch_size, dtype="float32",
         gradient_accumulation_steps=accumulated, ddp_timeout=120, learning_rate=6e-3,
         **{"train_sampling_strategy": "sequential", **settings},
     )  # fmt: skip
     assert len(losses) == STEPS
-    return losses
+    return losses, log
 
 
 def tower_runs(output, processes: int) -> list[list[int]]:
@@ -94,7 +97,7 @@ def tower_runs(output, processes: int) -> list[list[int]]:
 def one_batch(light, rows, tmp_path_factory):
     """What every layout must equal: one process, the whole global batch at once."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    losses = train(light, rows, folder, GLOBAL_BATCH)
+    losses, _ = train(light, rows, folder, GLOBAL_BATCH)
     assert losses[-1] < losses[0] / 1.2, "it does not learn, so equal losses would show nothing"
     return folder, losses
 
@@ -104,13 +107,17 @@ def one_batch(light, rows, tmp_path_factory):
 def test_every_layout_trains_alike(light, rows, one_batch, tmp_path, layout):
     processes, batch_size, accumulated, accelerate, loss_limit, adapter_limit = LAYOUTS[layout]
     assert processes * batch_size * accumulated == GLOBAL_BATCH
-    losses = train(light, rows, tmp_path, batch_size, accumulated, accelerate)
+    settings = REENTRANT if layout.endswith("checkpointing") else {}
+    losses, log = train(light, rows, tmp_path, batch_size, accumulated, accelerate, **settings)
+    assert not settings or "use_reentrant=False" in log
     folder, expected = one_batch
     apart = [abs(a - b) for a, b in zip(losses, expected, strict=True)]
     steps = "\n".join(f"{i + 1:3} {a:.7f} {b:.7f} {a - b:+.1e}" for i, (a, b) in enumerate(zip(losses, expected)))  # noqa: B905
     print(f"| {layout} | {max(apart):.1e} | {distance(tmp_path, folder):.1e} |")
     assert max(apart) <= loss_limit, f"{layout}: losses are {max(apart):.1e} off\n{steps}"
     assert distance(tmp_path, folder) <= adapter_limit
+    assert {value.dtype for value in adapter(tmp_path).values()} == {torch.float32}
+    assert AutoModel.from_pretrained(tmp_path).active_adapters() == ["mma"]
     # Ranks run the same modules in every micro-batch; a single process skips the vision tower where it can.
     counts = [sum(map(has_image, range(i, i + batch_size))) for i in range(0, STEPS * GLOBAL_BATCH, batch_size)]
     assert 0 in counts and batch_size in counts
@@ -124,7 +131,7 @@ def test_every_layout_trains_alike(light, rows, one_batch, tmp_path, layout):
 def test_the_same_seed_gives_a_bit_identical_adapter(light, rows, one_batch, tmp_path):
     """With dropout and a random order of the rows."""
     settings = {"model_init_kwargs": {"mma": {"dropout": 0.1}}, "train_sampling_strategy": "random"}
-    losses = [train(light, rows, tmp_path / name, GLOBAL_BATCH, **settings) for name in ("first", "second")]
+    losses = [train(light, rows, tmp_path / name, GLOBAL_BATCH, **settings)[0] for name in ("first", "second")]
     files = [(tmp_path / name / "mma" / "adapter_model.safetensors").read_bytes() for name in ("first", "second")]
     assert files[0] == files[1] and losses[0] == losses[1]
     assert losses[0][0] != one_batch[1][0], "the order of the rows must be random, or nothing random was compared"

@@ -5,15 +5,15 @@ import os
 from pathlib import Path
 
 import pytest
-import test_trl
 import torch
+import training
 import yaml
 from conftest import fill
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from PIL import Image
 from test_folders import run
-from test_trl import DDP, ZERO3, adapter, distance, sft
+from training import DDP, ZERO3, adapter, distance, sft
 from transformers import AutoModel, AutoProcessor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
@@ -21,7 +21,7 @@ from lavin import MMAConfig
 from lavin.recipes import cli
 
 
-light = test_trl.light
+light = training.light
 LOG2 = math.log(2)
 
 
@@ -161,11 +161,10 @@ def test_trl_dpo_writes_a_lavin_folder_and_resumes(trained, preference_rows, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ddp", "zero3"])
-def test_trl_dpo_on_two_processes(trained, preference_rows, tmp_path, layout):
+def test_trl_dpo_on_two_processes(trained, preference_rows, tmp_path):
     settings = {"script": "dpo", "model_init_kwargs": {"mma": {}}, "save_steps": 3}
     losses, _ = sft(trained, tmp_path / "one", preference_rows, **settings)
-    settings["per_device_train_batch_size"] = 2
-    two, _ = sft(trained, tmp_path / "two", preference_rows, DDP if layout == "ddp" else ZERO3, **settings)
-    assert two == pytest.approx(losses, abs=1e-4)
-    assert distance(tmp_path / "two", tmp_path / "one") < 1e-3
+    for name, layout in {"ddp": DDP, "zero3": ZERO3}.items():
+        two, _ = sft(trained, tmp_path / name, preference_rows, layout, per_device_train_batch_size=2, **settings)
+        assert two == pytest.approx(losses, abs=1e-4), name
+        assert distance(tmp_path / name, tmp_path / "one") < 1e-3, name

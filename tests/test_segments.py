@@ -17,7 +17,8 @@ from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
-from test_train import ENVIRONMENT, wait_for
+from training import ENVIRONMENT, wait_for
+from training import run as run_command
 from transformers import AutoModel
 
 import lavin.recipes.quickstart
@@ -180,12 +181,7 @@ def place(tmp_path_factory):
 
 
 def run(place: Path, recipe: Path, *options: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [*COMMAND, str(recipe), *SHORT, *options], cwd=place, env=ENVIRONMENT, capture_output=True, text=True,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout + done.stderr
+    return run_command([*COMMAND, str(recipe), *SHORT, *options], code, cwd=place)
 
 
 @pytest.fixture(scope="module")

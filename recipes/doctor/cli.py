@@ -19,10 +19,11 @@ def add_doctor_parser(commands):
 def run_doctor(model: str | None = None) -> int:
     from lavin.recipes.doctor.report import examine
 
-    if model is None:
-        from lavin.recipes.doctor.machine import machine_checks
+    if model is not None:
+        from lavin.recipes.doctor.model import model_checks
 
-        return examine(machine_checks)
-    from lavin.recipes.doctor.model import model_checks
+        return examine(model_checks(model))
+    from lavin.recipes.doctor.machine import machine_checks
 
-    return examine(model_checks, model)
+    with machine_checks() as checks:
+        return examine(checks)

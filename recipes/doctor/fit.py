@@ -9,10 +9,9 @@ from PIL import Image
 from lavin import LavinConfig, LavinProcessor
 from lavin.configuration_lavin import vision_part
 from lavin.files_lavin import find_file
-from lavin.pair import tower_config
-from lavin.recipes.doctor.folder import AGAIN, Folder, has_file, local_file, processor_again
-from lavin.recipes.doctor.report import FAIL, OK, SKIP, Line, said
-from lavin.towers_lavin import WEIGHT_FILES, shards_of
+from lavin.recipes.doctor.folder import AGAIN, Folder, has_file, local_file
+from lavin.recipes.doctor.report import FAIL, OK, SKIP, Finding, Line, said
+from lavin.towers_lavin import WEIGHT_FILES, shards_of, tower_config
 
 
 SHAPES = {
@@ -24,8 +23,7 @@ SHAPES = {
 def check_checkpoints(folder: Folder) -> Iterator[Line]:
     """Whether a light folder's base can be reached, is of the shape that the folder says, and has weights."""
     if folder.base_index():
-        yield Line(SKIP, "checkpoints", "a full folder needs none")
-        return
+        raise Finding(SKIP, "a full folder needs none")
     config = folder.config
     sources = {"base": config.base_checkpoint}
     if config.base_checkpoint is None:
@@ -104,21 +102,19 @@ def missing_weights(name: str, revision: str | None) -> tuple[str, str]:
     return "", "" if cached else " (on the Hub; its weights are still to be downloaded)"
 
 
-def check_processor(folder: Folder) -> Iterator[Line]:
+def check_processor(folder: Folder) -> str | list[Line]:
     """Against the configuration: image tokens, their id, the images' size, the vocabulary, the template."""
     if folder.missing_of_processor():
-        yield Line(SKIP, "processor", "not checked: its files are missing (see above)")
-        return
-    config, lines = folder.config, []
+        raise Finding(SKIP, "not checked: its files are missing (see above)")
+    config = folder.config
     try:
         processor = LavinProcessor.from_pretrained(folder.name)
     except Exception as error:  # of several libraries
-        yield Line(FAIL, "processor", f"cannot be read: {said(error)}", processor_again(folder))
-        return
-    pairs = {"num_image_tokens": config.num_image_tokens, "image_token_id": config.image_token_id}
-    for name, wanted in pairs.items():
-        if (found := getattr(processor, name)) != wanted:
-            lines.append(f"{name} is {found}, the model's {wanted}")
+        raise Finding(FAIL, f"cannot be read: {said(error)}", folder.processor_again()) from error
+    lines = []
+    for name in ("num_image_tokens", "image_token_id"):
+        if (found := getattr(processor, name)) != getattr(config, name):
+            lines.append(f"{name} is {found}, the model's {getattr(config, name)}")
     pixels = processor.image_processor([Image.new("RGB", (37, 23))], return_tensors="pt").pixel_values
     size, wanted = tuple(pixels.shape[-2:]), config.image_shape[-2:]
     if size != wanted:
@@ -129,10 +125,8 @@ def check_processor(folder: Folder) -> Iterator[Line]:
         lines.append(f"token {token!r} has the id {highest}, the embedding {config.text_config.vocab_size} rows")
     content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    if text.count(processor.image_token) != 1:
-        lines.append(f"the chat template writes {text.count(processor.image_token)} image tokens for one image")
-    for found in lines:
-        yield Line(FAIL, "processor", found, processor_again(folder))
-    if not lines:
-        tokens = f"{processor.num_image_tokens} image tokens of id {processor.image_token_id}"
-        yield Line(OK, "processor", f"fits: {tokens}, images of {size[0]} x {size[1]} pixels, chat template")
+    if (count := text.count(processor.image_token)) != 1:
+        lines.append(f"the chat template writes {count} image tokens for one image")
+    fits = f"fits: {processor.num_image_tokens} image tokens of id {processor.image_token_id}, images of "
+    fits += f"{size[0]} x {size[1]} pixels, chat template"
+    return [Line(FAIL, "processor", found, folder.processor_again()) for found in lines] or fits

@@ -8,7 +8,9 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
 import lavin
 from lavin import LavinConfig
-from lavin.files_lavin import ADAPTER_NAME, BASE_WEIGHTS, find_file, read_json
+from lavin.files_lavin import find_file, read_json
+from lavin.folder_lavin import ADAPTER_NAME, BASE_WEIGHTS
+from lavin.recipes.doctor.report import SKIP, Finding
 from lavin.towers_lavin import shards_of
 
 
@@ -26,11 +28,17 @@ class Folder:
     """
     Args:
         name (`str`): Path or Hub name.
-        config ([`LavinConfig`], *optional*): Once it has been read.
+        known ([`LavinConfig`], *optional*): Its configuration, once it has been read.
     """
 
     name: str
-    config: LavinConfig | None = None
+    known: LavinConfig | None = None
+
+    @property
+    def config(self) -> LavinConfig:
+        if self.known is None:
+            raise Finding(SKIP, "not checked: it needs a config.json that can be read")
+        return self.known
 
     @property
     def is_local(self) -> bool:
@@ -61,6 +69,40 @@ class Folder:
             files[file].add(tensor)
         return files
 
+    def processor_again(self) -> str:
+        """How to write its processor, tokenizer and chat template anew."""
+        config = self.config
+        if not (config.vision_checkpoint and config.text_checkpoint):
+            return "Copy the processor's files from the folder that the training began with, or download it again."
+        names = f"{config.vision_checkpoint['name']!r}, {config.text_checkpoint['name']!r}"
+        where, upload = (f"{self.name!r}", "") if self.is_local else ("'DIR'", f" Then `hf upload {self.name} DIR .`")
+        return (
+            '`python -c "from lavin import LavinProcessor; LavinProcessor.from_vision_text_pretrained('
+            f"{names}, num_image_tokens={config.num_image_tokens}, image_size={config.image_size})"
+            f'.save_pretrained({where})"` writes it anew.{upload}'
+        )
+
+    def code_again(self, file: str) -> str:
+        ours = Path(lavin.__file__).parent / file
+        return f"`cp {ours} {self.name}`" if self.is_local else f"`hf upload {self.name} {ours} {file}`"
+
+    def generation_again(self) -> str:
+        if not (self.is_local and self.config.text_checkpoint):
+            return AGAIN
+        return (
+            '`python -c "from transformers import GenerationConfig; GenerationConfig.from_pretrained('
+            f'{self.config.text_checkpoint["name"]!r}).save_pretrained({self.name!r})"`'
+        )
+
+    def base_again(self) -> str:
+        """How to get a damaged file of base weights anew."""
+        if not self.is_local:
+            return f"`hf upload {self.name} DIR .` with the file in it; if it is there, `hf download {self.name}`."
+        return (
+            f"Download the folder again (`hf download NAME --local-dir {self.name}`), or save the model again with "
+            "`save_pretrained(DIR, full=True)`."
+        )
+
 
 def local_file(name: str, revision: str | None, file: str) -> str | None:
     """A file in a folder, or of a repository in the cache: nothing is downloaded."""
@@ -86,45 +128,3 @@ def has_file(name: str, revision: str | None, file: str) -> bool:
         return HfApi().file_exists(name, file, revision=revision)
     except Exception as error:  # the client's own errors, of several libraries
         raise OSError(f"the Hub cannot be asked for {file} of {name}: {error}") from error
-
-
-def processor_again(folder: Folder) -> str:
-    """How to write a folder's processor, tokenizer and chat template anew."""
-    config = folder.config
-    if config is None or not (config.vision_checkpoint and config.text_checkpoint):
-        return "Copy the processor's files from the folder that the training began with, or download it again."
-    names = f"{config.vision_checkpoint['name']!r}, {config.text_checkpoint['name']!r}"
-    where = f"{folder.name!r}" if folder.is_local else "'DIR'"
-    upload = "" if folder.is_local else f" Then `hf upload {folder.name} DIR .`"
-    return (
-        f'`python -c "from lavin import LavinProcessor; LavinProcessor.from_vision_text_pretrained({names}, '
-        f"num_image_tokens={config.num_image_tokens}, image_size={config.image_size})"
-        f'.save_pretrained({where})"` writes it anew.{upload}'
-    )
-
-
-def code_again(folder: Folder, file: str) -> str:
-    ours = Path(lavin.__file__).parent / file
-    if not ours.is_file():
-        return AGAIN
-    return f"`cp {ours} {folder.name}`" if folder.is_local else f"`hf upload {folder.name} {ours} {file}`"
-
-
-def generation_again(folder: Folder) -> str:
-    if not (folder.is_local and folder.config.text_checkpoint):
-        return AGAIN
-    text = folder.config.text_checkpoint["name"]
-    return (
-        f'`python -c "from transformers import GenerationConfig; GenerationConfig.from_pretrained({text!r})'
-        f'.save_pretrained({folder.name!r})"`'
-    )
-
-
-def base_again(folder: Folder) -> str:
-    """How to get a damaged file of base weights anew."""
-    if not folder.is_local:
-        return f"`hf upload {folder.name} DIR .` with the file in it; if it is there, `hf download {folder.name}`."
-    return (
-        f"Download the folder again (`hf download NAME --local-dir {folder.name}`), or save the model again with "
-        "`save_pretrained(DIR, full=True)`."
-    )

@@ -31,37 +31,30 @@ class Line:
     do: str = ""
 
 
-@dataclass
-class Check:
-    """
-    Args:
-        name (`str`): Of its line where it ends in an error of its own.
-        run (`Callable`): Yields lines.
-        do (`str`): What to do after such an error.
-    """
+class Finding(Exception):
+    """Ends a check that is not fine: with a status, what was found and, where it is not the check's own, a way out."""
 
-    name: str
-    run: Callable[[], Iterator[Line]]
-    do: str
+    def __init__(self, status: str, found: str, do: str = ""):
+        super().__init__(found)
+        self.status, self.found, self.do = status, found, do
 
 
-def examine(checks: Callable, *arguments) -> int:
+def examine(checks: list[tuple[str, Callable, str]]) -> int:
     """
     Runs checks one after the other and prints each line as soon as it is known.
 
     Args:
-        checks (`Callable`): Called with an `ExitStack` for what is to be cleaned up and with `arguments`; returns
-            `list[Check]`.
+        checks (`list`): Of each the name, what is called (see [`lines_of`]), and the way out after an error.
 
     Returns:
         `int`: 0 where no line is a `"FAIL"`, else 1.
     """
     start, counts = time.time(), dict.fromkeys(COLOURS, 0)
-    with contextlib.ExitStack() as stack, _quiet():
-        for check in checks(stack, *arguments):
-            for line in lines_of(check):
+    with _quiet():
+        for check in checks:
+            for line in lines_of(*check):
                 counts[line.status] += 1
-                print(_text(line, _is_coloured()), flush=True)
+                print(_text(line), flush=True)
     seconds = f"{time.time() - start:.1f} s"
     if counts[FAIL]:
         print(f"{counts[FAIL]} failed, {counts[OK]} fine ({seconds}). Each FAIL says what to do.")
@@ -71,12 +64,15 @@ def examine(checks: Callable, *arguments) -> int:
     return 0
 
 
-def lines_of(check: Check) -> Iterator[Line]:
-    """The lines of a check; an error in it, whatever it is, ends in a line as well."""
+def lines_of(name: str, run: Callable, do: str) -> Iterator[Line]:
+    """The lines of a check: those it returns, one for the words it returns, and one for what it raises."""
     try:
-        yield from check.run()
+        found = run()
+        yield from [Line(OK, name, found)] if isinstance(found, str) else found
+    except Finding as found:
+        yield Line(found.status, name, found.found, found.do or (do if found.status in (FAIL, WARN) else ""))
     except (Exception, SystemExit) as error:  # argparse and broken packages exit
-        yield Line(FAIL, check.name, said(error), check.do)
+        yield Line(FAIL, name, said(error), do)
 
 
 def said(error: BaseException, limit: int = 500) -> str:
@@ -85,16 +81,12 @@ def said(error: BaseException, limit: int = 500) -> str:
     return text if len(text) <= limit else text[:limit] + " ..."
 
 
-def _text(line: Line, coloured: bool) -> str:
+def _text(line: Line) -> str:
     status = f"{line.status:<4}"
-    if coloured:
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
         status = f"\033[{COLOURS[line.status]}m{status}\033[0m"
     do = f"\n      {'':<{WIDTH}} Do: {line.do}" if line.do else ""
     return f"{status}  {line.name:<{WIDTH}} {line.found}{do}"
-
-
-def _is_coloured() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 @contextlib.contextmanager

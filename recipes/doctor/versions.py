@@ -12,66 +12,43 @@ from lavin.recipes.doctor.report import FAIL, OK, SKIP, Line
 
 def check_versions() -> Iterator[Line]:
     """A line for Python and each package that LaVIN needs, and one for each extra."""
-    declared = _declared()
+    # (A folder `lavin.egg-info` may lie before the installed one on the path, with nothing in it.)
+    declared = next(found for found in metadata.distributions(name="lavin") if found.requires)
     python, wanted = platform.python_version(), declared.metadata["Requires-Python"] or ""
     if SpecifierSet(wanted).contains(python, prereleases=True):
         yield Line(OK, "python", f"{python} ({wanted})")
     else:
         yield Line(FAIL, "python", f"{python}, and LaVIN needs {wanted}", "Make an environment with such a Python.")
-    requirements = [Requirement(text) for text in declared.requires or []]
+    requirements = [Requirement(text) for text in declared.requires]
     needed = [r for r in requirements if _applies(r, "")]
-    for requirement in needed:
-        version = _version(requirement.name)
-        if version is None:
-            yield Line(FAIL, requirement.name, "not installed", _install(requirement))
-        else:
-            yield _compare(requirement, version)
+    yield from map(_compare, needed)
     for extra in declared.metadata.get_all("Provides-Extra") or []:
         own = [r for r in requirements if r not in needed and r.name != declared.name and _applies(r, extra)]
-        yield from _check_extra(extra, own)
+        lines = [_compare(r) for r in own]
+        missing = ", ".join(line.name for line in lines if line.found == MISSING)
+        yield from (line for line in lines if line.status == FAIL and line.found != MISSING)
+        fine = ", ".join(f"{line.name} {line.found}" for line in lines if line.status == OK)
+        if missing:
+            yield Line(SKIP, f"extra {extra}", f"not installed: {missing}" + (f"; installed: {fine}" if fine else ""))
+        elif fine:
+            yield Line(OK, f"extra {extra}", fine)
 
 
-def _check_extra(extra: str, requirements: list[Requirement]) -> Iterator[Line]:
-    """One line for an extra, and one for each of its packages that is there in another version."""
-    lines = {r.name: _compare(r, version) for r in requirements if (version := _version(r.name)) is not None}
-    yield from (line for line in lines.values() if line.status == FAIL)
-    fine = ", ".join(f"{name} {line.found}" for name, line in lines.items() if line.status == OK)
-    missing = ", ".join(r.name for r in requirements if r.name not in lines)
-    if missing:
-        yield Line(SKIP, f"extra {extra}", f"not installed: {missing}" + (f"; installed: {fine}" if fine else ""))
-    elif fine:
-        yield Line(OK, f"extra {extra}", fine)
+MISSING = "not installed"
 
 
-def _compare(requirement: Requirement, version: str) -> Line:
-    if requirement.specifier.contains(version, prereleases=True):
-        tested = f" ({requirement.specifier})" if requirement.specifier else ""
-        return Line(OK, requirement.name, version + tested)
-    found = f"{version}, and LaVIN was tested with {requirement.specifier}"
-    return Line(FAIL, requirement.name, found, _install(requirement))
-
-
-def _install(requirement: Requirement) -> str:
-    return (
-        f'`pip install -c constraints.txt "{requirement.name}{requirement.specifier}"` in this environment '
-        "(constraints.txt, in LaVIN's repository, has the versions that are tested together)."
-    )
-
-
-def _declared() -> metadata.Distribution:
-    """`lavin` as installed. (A folder `lavin.egg-info` may lie before it on the path, with nothing in it.)"""
-    found = [d for d in metadata.distributions(name="lavin") if d.requires]
-    if not found:
-        raise metadata.PackageNotFoundError("lavin")
-    return found[0]
+def _compare(requirement: Requirement) -> Line:
+    name, wanted = requirement.name, requirement.specifier
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        version = None
+    if version and wanted.contains(version, prereleases=True):
+        return Line(OK, name, version + (f" ({wanted})" if wanted else ""))
+    do = f'`pip install -c constraints.txt "{name}{wanted}"` in this environment (constraints.txt, in LaVIN\'s '
+    do += "repository, has the versions that are tested together)."
+    return Line(FAIL, name, f"{version}, and LaVIN was tested with {wanted}" if version else MISSING, do)
 
 
 def _applies(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name) or None
-    except metadata.PackageNotFoundError:
-        return None

@@ -11,9 +11,10 @@ import torch
 from lavin.recipes.init import meta_model
 from lavin.recipes.segments.recipe import Segment
 from lavin.recipes.train.base import asked_patterns, base_bytes, by_part, trained_of_base
-from lavin.recipes.train.checks import hub_arguments, readable
+from lavin.recipes.train.checks import hub_arguments
 from lavin.recipes.train.settings import Settings
 from lavin.recipes.train.train import Checked
+from lavin.recipes.units import duration, readable
 
 
 @dataclass
@@ -179,15 +180,3 @@ def plan(
             "of a step, and `gradient_checkpointing` makes them fewer.",
         ]
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 60:
-        return f"{seconds:,.2g} s" if seconds < 10 else f"{seconds:,.0f} s"
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"

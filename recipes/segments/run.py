@@ -3,20 +3,20 @@
 import json
 import os
 import re
-import shutil
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from lavin.card_lavin import END
-from lavin.recipes.segments.plan import Cost, cost, duration, measure_speed, plan
+from lavin.recipes.segments.plan import Cost, cost, measure_speed, plan
 from lavin.recipes.segments.recipe import OURS, Segment, read_recipe
 from lavin.recipes.train.checkpoints import list_checkpoints, read_state, step_of, weights_problem
-from lavin.recipes.train.checks import check_output, readable
+from lavin.recipes.train.checks import check_output, check_room
 from lavin.recipes.train.record import compare_record
 from lavin.recipes.train.settings import Settings, read_several
 from lavin.recipes.train.train import check_run, locked, train
+from lavin.recipes.units import duration, readable
 
 
 RECORD = "segments.json"  # in the folder of the whole: what each finished segment was and gave
@@ -151,13 +151,7 @@ def check_segments(segments: list[Segment], settings: list[Settings], finished: 
             kind = ValueError if isinstance(error, ValueError) else OSError
             raise kind(f"Segment {segment.number} ({segment.name}): {error}") from error
         checked.append((stand_in, found))
-    parent = next(path for path in segments[0].folder.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ValueError(
-            f"{parent} has {readable(free)} free, and all segments together write {readable(needed)}. Free some "
-            "space, or keep fewer checkpoints with `save_total_limit: 1`."
-        )
+    check_room(segments[0].folder, needed, f"all segments together write {readable(needed)}")
     return checked
 
 

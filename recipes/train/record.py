@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 
 from datasets import Dataset
+from peft import PeftConfig
 
+from lavin import MMAConfig
+from lavin.recipes.train.base import asked_patterns
 from lavin.recipes.train.checkpoints import read_state, step_of
+from lavin.recipes.train.checks import asked_adapter
 from lavin.recipes.train.settings import Settings
 
 
@@ -19,6 +23,7 @@ SHAPING = (
     "completion_only_loss seed data_seed train_sampling_strategy shuffle_dataset dataloader_drop_last load_in_4bit "
     "load_in_8bit"
 ).split()
+ADAPTER = sorted(set(MMAConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__))
 SAMPLED = 64  # rows whose text is compared; of all others the lengths are
 
 
@@ -50,9 +55,11 @@ def describe(settings: Settings, model, rows, columns: list[str], measured: dict
         chosen = range(0, count, max(count // SAMPLED, 1))
         texts = rows.select([*chosen, count - 1]).select_columns(columns).to_list()
         digest.update(json.dumps(texts, sort_keys=True).encode())
+    adapter = asked_adapter(settings)
     found = {
         **{name: settings[name] for name in SHAPING},
-        "trainable": (settings["model_init_kwargs"] or {}).get("trainable"),
+        "trainable": asked_patterns(settings),
+        **({f"adapter's {key}": _plain(getattr(adapter, key)) for key in ADAPTER} if adapter else {}),
         "rows per step (processes x per_device_train_batch_size x gradient_accumulation_steps)": settings.processes
         * batch,
         "model": towers,
@@ -60,6 +67,10 @@ def describe(settings: Settings, model, rows, columns: list[str], measured: dict
         "steps": steps,
     }
     return json.loads(json.dumps(found, default=str))
+
+
+def _plain(value):
+    return sorted(value) if isinstance(value, list | tuple | set) else value  # names have no order
 
 
 def write_record(output: Path, record: dict):

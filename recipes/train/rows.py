@@ -1,8 +1,6 @@
 """The rows of a recipe: are they of the form TRL needs, and how long are they?"""
 
-import glob
 import os
-from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
@@ -13,7 +11,6 @@ from trl import DatasetMixtureConfig, apply_chat_template, get_dataset
 from trl.data_utils import prepare_multimodal_messages
 
 
-FILE_KINDS = ("parquet", "json", "csv", "arrow", "text")
 FORM = (
     "Needed are conversational rows: `prompt` and `completion` (lists of messages) or `messages`, and `images`, a "
     "list per row that is empty where there is none. `lavin data` writes them."
@@ -36,7 +33,6 @@ def load_rows(values: dict):
         `ValueError`: if files are missing, empty or of another kind, or a split is not there.
     """
     if values["datasets"]:
-        _check_files(values["datasets"])
         sources, rest = list(values["datasets"]), {name: values[name] for name in ("streaming", "test_split_size")}
         load, arguments = get_dataset, (DatasetMixtureConfig(datasets=sources, **rest),)
     elif values["dataset_name"]:
@@ -59,28 +55,6 @@ def load_rows(values: dict):
             + (" To evaluate, set `test_split_size`." if missing[0] == values["dataset_test_split"] else "")
         )
     return {split: found[split] for split in wanted}
-
-
-def _check_files(sources: list[dict]):
-    for number, source in enumerate(sources):
-        folder = source["data_dir"] or (source["path"] if os.path.isdir(source["path"]) else "")
-        if source["path"] not in FILE_KINDS and not os.path.isdir(source["path"]):
-            continue
-        where = f"datasets[{number}]"
-        files = source["data_files"]
-        groups = files.values() if isinstance(files, dict) else [files]
-        patterns = [p for group in groups for p in ([group] if isinstance(group, str) else group or [])]
-        if not patterns and not folder:
-            raise ValueError(f"{where} has no `data_files`.")
-        for pattern in (os.path.join(folder, p) for p in patterns if "://" not in p):
-            matched = glob.glob(pattern, recursive=True)
-            if not matched:
-                near = os.path.dirname(pattern) or "."
-                held = sorted(os.listdir(near))[:SHOWN] if os.path.isdir(near) else None
-                hint = f"{near} holds {', '.join(held) or 'nothing'}" if held is not None else f"there is no {near}"
-                raise ValueError(f"{where}: no file matches {pattern} ({hint}; paths start at {Path.cwd()}).")
-            if empty := [file for file in matched if os.path.isfile(file) and os.path.getsize(file) == 0]:
-                raise ValueError(f"{where}: {empty[0]} is empty.")
 
 
 def check_columns(split: str, rows, values: dict) -> tuple[list[str], str | None]:
@@ -108,12 +82,11 @@ def check_columns(split: str, rows, values: dict) -> tuple[list[str], str | None
     image = next((name for name in ("images", "image") if name in names), None)
     if image == "images" and features.get(image) is not None:
         inner = getattr(features[image], "feature", None)
-        if inner is None:
-            raise ValueError("`images` must be a list per row, `[]` where there is none: wrap each image in a list.")
-        if not isinstance(inner, Image) and getattr(inner, "dtype", None) != "string" and not _is_null(inner):
+        # `null`: a file in which no row has an image.
+        if not isinstance(inner, Image) and getattr(inner, "dtype", None) not in ("string", "null"):
             raise ValueError(
-                "`images` holds raw values that TRL cannot open. Cast the column and write it again: "
-                "`dataset.cast_column('images', List(Image())).to_parquet(...)`."
+                "`images` must be a list of images per row, `[]` where there is none. Wrap single ones in a list, "
+                "cast the column and write it again: `dataset.cast_column('images', List(Image())).to_parquet(...)`."
             )
     if image is None:
         return columns, None
@@ -122,22 +95,9 @@ def check_columns(split: str, rows, values: dict) -> tuple[list[str], str | None
             "`messages` rows need `assistant_only_loss: true`: without it TRL puts every token into the labels, the "
             "image tokens too, which are no words and have no logit."
         )
-    if columns == ["messages"] and values["completion_only_loss"]:
-        raise ValueError("`completion_only_loss` is for prompt and completion; remove it for `messages` rows.")
-    if columns != ["messages"] and values["assistant_only_loss"]:
-        raise ValueError(
-            "`assistant_only_loss` is for `messages` rows; with prompt and completion remove it: the loss is on the "
-            "completion."
-        )
     if columns != ["messages"] and values["completion_only_loss"] is False:
         raise ValueError("`completion_only_loss: false` puts the image tokens into the labels: remove it.")
-    if columns != ["messages"] and values["pad_to_multiple_of"]:
-        raise ValueError("TRL has no `pad_to_multiple_of` for prompt and completion with images: remove it.")
     return columns, image
-
-
-def _is_null(feature) -> bool:  # a file in which no row has an image
-    return getattr(feature, "dtype", None) == "null"
 
 
 def measure(split: str, rows, columns: list[str], image: str | None, processor, limit: int | None, processes=None):

@@ -7,7 +7,6 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 
 import yaml
 
@@ -69,7 +68,8 @@ def read_several(configs: list, overrides: list[str] | tuple[str, ...] = ()) -> 
     """
     recipes = [read_yaml(config) for config in configs]
     for recipe in recipes:
-        os.environ.update({key: str(value) for key, value in (recipe.get("env") or {}).items()})  # as TRL does
+        if isinstance(recipe.get("env"), dict):
+            os.environ.update({key: str(value) for key, value in recipe["env"].items()})  # as TRL does
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
         futures = [
             worker.submit(_parse_quietly, ["--config", os.fspath(config), *overrides], list(recipe))
@@ -93,20 +93,14 @@ def count_steps(settings: Settings, rows: int) -> int:
 def read_yaml(config: str | os.PathLike) -> dict:
     """
     Raises:
-        `ValueError`: if there is no such file or it is no mapping in YAML.
+        `OSError`, `ValueError`: if there is no such file, or it is no mapping in YAML.
     """
-    path = Path(config)
-    if not path.is_file():
-        near = sorted(str(other) for other in path.parent.glob("*.y*ml"))[:5] if path.parent.is_dir() else []
-        raise ValueError(f"There is no recipe {config}." + (f" Beside it: {', '.join(near)}." if near else ""))
     try:
-        recipe = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        recipe = yaml.safe_load(read_text(config))
+    except yaml.YAMLError as error:
         raise ValueError(f"{config} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{config} must hold `key: value` lines, as `trl sft --config` takes them.")
-    if not isinstance(recipe.get("env") or {}, dict):
-        raise ValueError(f"{config}: `env` must hold `NAME: value` lines.")
     return recipe
 
 
@@ -141,14 +135,11 @@ def parse(arguments: list[str], keys: list[str]) -> Settings:
     options = [item[2:].partition("=")[0].replace("-", "_") for item in from_command if item.startswith("--")]
     if unknown := [name for name in options if name not in launch_options | NOT_TRL]:
         raise ValueError(f"The command line: {_nearest(unknown, known | launch_options, '--')}")
-    launch = from_yaml + from_command
-    if launch.count("--accelerate_config") > 1:
-        raise ValueError("`accelerate_config` is given twice, in the YAML and on the command line: leave one out.")
     values = {}
     for group in groups:
         values.update(group.to_dict() if hasattr(group, "to_dict") else asdict(group))
     settings = Settings(arguments, values, set(keys) | _named(arguments[2:]))
-    _read_launch(launcher, resolve_accelerate_config_argument(launch), settings)
+    _read_launch(launcher, resolve_accelerate_config_argument(from_yaml + from_command), settings)
     return settings
 
 

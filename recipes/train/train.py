@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lavin.files_lavin import ADAPTER_NAME
+from lavin.folder_lavin import ADAPTER_NAME, check_output_folder
 from lavin.recipes.card import card_folder
 from lavin.recipes.train.base import asked_patterns, base_bytes, by_part, rounding_warning, trained_of_base
 from lavin.recipes.train.checkpoints import (
@@ -25,7 +25,6 @@ from lavin.recipes.train.checkpoints import (
     zero_ranks,
 )
 from lavin.recipes.train.checks import (
-    check_adapter,
     check_model,
     check_options,
     check_output,
@@ -33,11 +32,10 @@ from lavin.recipes.train.checks import (
     checkpoint_bytes,
     choose_report_to,
     hub_arguments,
-    readable,
 )
 from lavin.recipes.train.launch import run_watched
 from lavin.recipes.train.settings import Settings, count_steps, read_settings, read_yaml
-from lavin.saving_lavin import check_output_folder
+from lavin.recipes.units import readable
 
 
 def train(
@@ -62,35 +60,32 @@ def train(
     from lavin.recipes.train.record import compare_record, write_record
 
     found = check_run(settings)
-    model, steps, size, now, warnings = found.model, found.steps, found.size, found.record, found.warnings
-    output = Path(settings["output_dir"])
+    output, steps, warnings = Path(settings["output_dir"]), found.steps, found.warnings
     with locked(output, settings.machine_rank):
         resume, finished = choose_checkpoint(settings, steps)
-        if resume:
-            check_adapter(settings, model, resume)
-            if longer := compare_record(resume, now):
-                warnings.append(longer)
+        if resume and (longer := compare_record(resume, found.record)):
+            warnings.append(longer)
         if finished:
             _say(
                 f"This run is finished: {output} holds what step {step_of(resume)} gave. To train on, raise "
                 f"`num_train_epochs` or `max_steps`; to start over, name another `output_dir`.\n{_ask(output)}"
             )
             return 0
-        check_output(settings, size, steps, len(list_checkpoints(output)))
+        check_output(settings, found.size, steps, len(list_checkpoints(output)))
         extra = [] if "report_to" in settings.given else ["--report_to", *(found.report_to or ["none"])]
         extra += [] if "logging_nan_inf_filter" in settings.given else ["--logging_nan_inf_filter", "false"]
         extra += ["--resume_from_checkpoint", str(resume)] if resume else []
         arguments = [*_without_false(settings, config), *extra]
         for warning in warnings:
             _say(f"Warning: {warning}")
-        _say(plan(settings, model, found.trained, found.data, steps, found.report_to, resume))
+        _say(plan(settings, found, resume))
         _say("$ " + shlex.join(["trl", "sft", *arguments]) + "\n")
         trl = Path(sys.executable).with_name("trl")
         command = [str(trl)] if trl.exists() else [sys.executable, "-c", "from trl.cli import main; main()"]
         if settings.machine_rank == 0:
-            write_record(output, now)
+            write_record(output, found.record)
         code = run_watched([*command, "sft", *arguments])
-        return _after_success(settings) if code == 0 else _after_failure(settings, code, size)
+        return _after_success(settings) if code == 0 else _after_failure(settings, code, found.size)
 
 
 @dataclass
@@ -267,9 +262,9 @@ def _check_layout(checkpoint: Path, settings: Settings):
         )
 
 
-def plan(settings: Settings, model, trained: int, data: dict, steps: int, report_to: list[str], resume) -> str:
+def plan(settings: Settings, found: Checked, resume: Path | None) -> str:
     """What is going to happen, in a few lines."""
-    name = settings["model_name_or_path"]
+    name, model, trained, steps = settings["model_name_or_path"], found.model, found.trained, found.steps
     towers = f"{model.vision_config.model_type} and {model.text_config.model_type}"
     lines = [
         ("Model", f"{name} ({towers})"),
@@ -277,7 +272,7 @@ def plan(settings: Settings, model, trained: int, data: dict, steps: int, report
     ]
     if asked_patterns(settings):
         lines.append(("  of the base", by_part(trained_of_base(model, settings, hub_arguments(settings)))))
-    for split, rows in data.items():
+    for split, rows in found.data.items():
         length = rows["prompt"] + rows["completion"]
         with_images, limit = int((rows["images"] > 0).sum()), settings["max_length"]
         cut = "no max_length" if limit is None else f"none beyond max_length ({limit:,})"
@@ -289,10 +284,10 @@ def plan(settings: Settings, model, trained: int, data: dict, steps: int, report
     total = settings.processes * batch * accumulated
     noun = "process" if settings.processes == 1 else "processes"
     lines.append(("Batch", f"{settings.processes} {noun} x {batch} rows x {accumulated} accumulated = {total} rows"))
-    epochs = steps * total / len(next(iter(data.values()))["problem"])
+    epochs = steps * total / len(next(iter(found.data.values()))["problem"])
     lines += [
         ("Steps", f"{steps:,}, {epochs:.3g} epochs"),
-        ("Reports to", ", ".join(report_to) or "nothing but the terminal and trainer_state.json"),
+        ("Reports to", ", ".join(found.report_to) or "nothing but the terminal and trainer_state.json"),
         ("Output", settings["output_dir"]),
         ("Starts", f"at step {step_of(resume)}, from {resume}" if resume else "at the beginning"),
     ]
@@ -326,12 +321,11 @@ def _after_success(settings: Settings) -> int:
 
 def _after_failure(settings: Settings, code: int, size: int) -> int:
     output = Path(settings["output_dir"])
-    if code > 128 and code - 128 in (1, 2, 15):
-        said = ["Stopped."]
-    elif code == 137:
+    said = [f"`trl sft` ended with exit code {code}; its own message is above."]
+    if code == 137:
         said = ["`trl sft` was killed (signal 9), by the system if memory has run out."]
-    else:
-        said = [f"`trl sft` ended with exit code {code}; its own message is above."]
+    elif code - 128 in (1, 2, 15):
+        said = ["Stopped."]
     free = shutil.disk_usage(output).free if output.is_dir() else 0
     if free < size:
         said.append(f"The disk is full: {readable(free)} free at {output}, a checkpoint needs {readable(size)}.")
