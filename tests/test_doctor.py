@@ -1,8 +1,7 @@
-"""`lavin doctor`: healthy is green, every damage is red, and doing what its line says mends it."""
+"""`lavin doctor`: what is fine is green, what is broken red, and what is optional and absent grey."""
 
 import http.server
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -10,309 +9,22 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_doctor_folder
 import torch
-from conftest import fill
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
-from test_folders import PUSH, run
-from transformers import LlamaConfig, LlamaForCausalLM
+from test_doctor_folder import WEIGHTS, failed, truncate
 
-from lavin import LavinForConditionalGeneration, LavinProcessor
-from lavin.recipes.cli import main
+from lavin import LavinForConditionalGeneration
 from lavin.recipes.doctor import hub as hub_check
 from lavin.recipes.doctor import machine, tiny, trl_sft, versions
-from lavin.recipes.doctor.report import FAIL, OK, SKIP, WARN, Check, Line, examine, lines_of
+from lavin.recipes.doctor.report import FAIL, OK, SKIP, WARN, Finding, Line, examine, lines_of
 
 
-WEIGHTS, SETTINGS = "mma/adapter_model.safetensors", "mma/adapter_config.json"
-SHARD = "model-00002-of-0000"
-
-
-@pytest.fixture(scope="module")
-def folders(pair, tmp_path_factory):
-    """A light folder with a filled adapter, and the same base as a full folder of several files."""
-    root = tmp_path_factory.mktemp("folders")
-    names = str(pair / "vision"), str(pair / "text")
-    light = LavinForConditionalGeneration.from_vision_text_pretrained(*names)
-    light.save_pretrained(root / "light", full=False)
-    light.save_pretrained(root / "full", full=True, max_shard_size="50KB")
-    fill(LavinForConditionalGeneration.from_pretrained(root / "light", mma={})).save_pretrained(root / "trained")
-    for name in ("trained", "full"):
-        LavinProcessor.from_vision_text_pretrained(*names).save_pretrained(root / name)
-    return root
-
-
-@pytest.fixture
-def copied(folders, tmp_path):
-    return lambda name: Path(shutil.copytree(folders / name, tmp_path / name))
-
-
-def doctor(capsys, *arguments) -> tuple[int, list[Line]]:
-    """The command's exit code and its lines, as they are read."""
-    capsys.readouterr()
-    code = main(["doctor", *map(str, arguments)])
-    lines = []
-    for text in capsys.readouterr().out.splitlines()[:-1]:
-        status, name, found = text[:4].strip(), text[6:24].strip(), text[24:]
-        if status:
-            lines.append(Line(status, name, found))
-        else:
-            lines[-1].do = text.partition("Do: ")[2]
-    assert all(line.do for line in lines if line.status in (FAIL, WARN))
-    return code, lines
-
-
-def failed(lines) -> dict[str, Line]:
-    return {line.name: line for line in lines if line.status == FAIL}
-
-
-def edit(file: Path, **changes):
-    content = json.loads(file.read_text())
-    for key, value in changes.items():
-        where, *path = content, *key.split("__")
-        for part in path[:-1]:
-            where = where[part]
-        where[path[-1]] = value
-    file.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize("name", ["trained", "full"])
-def test_a_healthy_folder_is_all_green(folders, capsys, name):
-    code, lines = doctor(capsys, "--model", folders / name)
-    assert code == 0 and {line.status for line in lines} <= {OK, SKIP}, lines
-    green = {line.name for line in lines if line.status == OK}
-    own = (
-        {"vision checkpoint", "text checkpoint", "adapter", "adapter fits"} if name == "trained" else {"base weights"}
-    )
-    assert green == {"config", "files", "auto_map", "processor"} | own
-
-
-def test_a_light_folder_without_an_adapter_is_green(folders, capsys, copied):
-    folder = copied("trained")
-    shutil.rmtree(folder / "mma")
-    code, lines = doctor(capsys, "--model", folder)
-    assert code == 0 and not failed(lines)
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "modeling_lavin.py",
-        "routing_lavin.py",  # named nowhere in config.json
-        "processor_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-        WEIGHTS,
-        SETTINGS,
-    ],
-)
-def test_a_deleted_file_is_red_until_one_does_what_the_line_says(capsys, copied, folders, file):
-    folder = copied("trained")
-    (folder / file).unlink()
-    code, lines = doctor(capsys, "--model", folder)
-    line = failed(lines)["files"]
-    assert code == 1 and f"{file} is missing" in line.found
-    command = re.match(r"`(.*?)`( writes it anew\.)?$", line.do)
-    if file.startswith("mma/"):
-        assert "Copy `mma/` from a whole `checkpoint-N`" in line.do
-        shutil.copytree(folders / "trained" / "mma", folder / "mma", dirs_exist_ok=True)
-    elif code_line := re.match(r'python -c "(.*)"$', command[1]):
-        exec(code_line[1], {})  # in this process: imports take their time
-    else:
-        subprocess.run(command[1], shell=True, check=True)
-    code, lines = doctor(capsys, "--model", folder)
-    assert code == 0 and not failed(lines), failed(lines)
-
-
-def truncate(file: Path):
-    file.write_bytes(file.read_bytes()[:-64])
-
-
-def change_tensor(file: Path, change):
-    tensors = load_file(file)
-    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
-    tensors[name] = change(tensors[name]).contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def nan(tensor):
-    tensor[0, 0] = float("nan")
-    return tensor
-
-
-def shard(folder: Path) -> Path:
-    return next(folder.glob(f"{SHARD}*"))
-
-
-DAMAGES = {  # kind of folder, damage, {name of a red line: words of it and of its way out}
-    "config.json deleted": (
-        "trained",
-        lambda f: (f / "config.json").unlink(),
-        {"config": ("is no LaVIN folder", "lavin init")},
-    ),
-    "config.json cut off": (
-        "trained",
-        lambda f: truncate(f / "config.json"),
-        {"config": ("config.json cannot be read", "again")},
-    ),
-    "another model": ("trained", lambda f: edit(f / "config.json", model_type="bert"), {"config": ("bert", "init")}),
-    "adapter cut off": ("trained", lambda f: truncate(f / WEIGHTS), {"adapter": ("cannot be read", "checkpoint-N")}),
-    "a flipped bit in the adapter": (
-        "trained",
-        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1] + b"\x55"),
-        {"adapter": ("its bytes are not those that were saved", "checkpoint-N")},
-    ),
-    "NaN in the adapter": (
-        "trained",
-        lambda f: change_tensor(f / WEIGHTS, nan),
-        {"adapter": ("NaN or infinity in 1 of", "earlier checkpoint")},
-    ),
-    "a tensor of another shape": (
-        "trained",
-        lambda f: change_tensor(f / WEIGHTS, lambda t: t[:, :-1]),
-        {"adapter fits": ("in the adapter", "saved with it")},
-    ),
-    "settings of another adapter": (
-        "trained",
-        lambda f: edit(f / SETTINGS, r=4),
-        {"adapter fits": ("another base or has other settings", SETTINGS)},
-    ),
-    "trained on a wider model": (
-        "trained",
-        lambda f: edit(f / "config.json", text_config__hidden_size=48, text_config__intermediate_size=64),
-        {"adapter fits": ("in this model", "Name the base"), "text checkpoint": ("hidden_size is 32", "config.json")},
-    ),
-    "a processor of another number of image tokens": (
-        "trained",
-        lambda f: edit(f / "processor_config.json", num_image_tokens=6),
-        {"processor": ("num_image_tokens is 6, the model's 2", "num_image_tokens=2")},
-    ),
-    "an image token of another id": (
-        "trained",
-        lambda f: edit(f / "config.json", image_token_id=7),
-        {"processor": ("the model's 7", "LavinProcessor")},
-    ),
-    "a processor of another image size": (
-        "trained",
-        lambda f: edit(f / "processor_config.json", image_processor__size={"height": 14, "width": 14}),
-        {"processor": ("images of 14 x 14 pixels, the model's are 28 x 28", "LavinProcessor")},
-    ),
-    "a chat template without images": (
-        "trained",
-        lambda f: (f / "chat_template.jinja").write_text("{{ messages[0].role }}"),
-        {"processor": ("0 image tokens for one image", "LavinProcessor")},
-    ),
-    "auto_map names a missing file": (
-        "trained",
-        lambda f: edit(f / "config.json", auto_map__AutoModel="other_lavin.LavinForConditionalGeneration"),
-        {"auto_map": ("names other_lavin.py, which is missing", "modeling_lavin.Lavin"), "files": ("other", "again")},
-    ),
-    "auto_map names a missing class": (
-        "trained",
-        lambda f: edit(f / "config.json", auto_map__AutoModel="modeling_lavin.Other"),
-        {"auto_map": ("a class that modeling_lavin.py does not define", "modeling_lavin.LavinFor")},
-    ),
-    "auto_map asks for code of another repository": (
-        "trained",
-        lambda f: edit(f / "config.json", auto_map__AutoModel="other/repo--modeling_lavin.Lavin"),
-        {"auto_map": ("outside this folder", "modeling_lavin.LavinFor")},
-    ),
-    "auto_map asks for a file outside": (
-        "trained",
-        lambda f: edit(f / "config.json", auto_map__AutoConfig="../configuration_lavin.LavinConfig"),
-        {"auto_map": ("outside this folder", "configuration_lavin.LavinConfig")},
-    ),
-    "the processor does not say where its code is": (
-        "trained",
-        lambda f: edit(f / "processor_config.json", auto_map={}),
-        {"auto_map": ("trl sft", "LavinProcessor")},
-    ),
-    "code that is no Python": (
-        "trained",
-        lambda f: (f / "modeling_lavin.py").write_text("<html>"),
-        {"auto_map": ("is no Python", "save model")},
-    ),
-    "a checkpoint that is gone": (
-        "trained",
-        lambda f: edit(f / "config.json", text_checkpoint__name=str(f / "gone")),
-        {"text checkpoint": ("gone", "Put the checkpoint there")},
-    ),
-    "a checkpoint that was never downloaded": (
-        "trained",
-        lambda f: edit(f / "config.json", vision_checkpoint={"name": "nobody/nothing", "revision": "v1"}),
-        {"vision checkpoint": ("cannot be reached", "`hf download nobody/nothing --revision v1`")},
-    ),
-    "no checkpoint named": (
-        "trained",
-        lambda f: edit(f / "config.json", text_checkpoint=None),
-        {"text checkpoint": ("neither weights nor the name", "text_checkpoint")},
-    ),
-    "a missing shard": ("full", lambda f: shard(f).unlink(), {"files": (f"{SHARD}", "Download the folder again")}),
-    "a shard cut off": ("full", lambda f: truncate(shard(f)), {"base weights": (SHARD, "Download the folder again")}),
-    "NaN in a shard": (
-        "full",
-        lambda f: change_tensor(next(s for s in sorted(f.glob("model-*")) if has_matrix(s)), nan),
-        {"base weights": ("holds NaN or infinity", "again")},
-    ),
-    "a shard of another checkpoint": (
-        "full",
-        lambda f: save_file({"x": torch.zeros(2)}, shard(f)),
-        {"base weights": ("which the index places there", "again")},
-    ),
-}
-
-
-def has_matrix(file: Path) -> bool:
-    return any(tensor.dim() == 2 for tensor in load_file(file).values())
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_each_damage_is_a_red_line_of_its_own(capsys, copied, damage, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    kind, break_it, expected = DAMAGES[damage]
-    folder = copied(kind)
-    break_it(folder)
-    code, lines = doctor(capsys, "--model", folder)
-    red = failed(lines)
-    assert code == 1 and red.keys() == expected.keys(), red
-    for name, (found, do) in expected.items():
-        assert found in red[name].found and do in red[name].do, red[name]
-
-
-def test_a_base_without_weights_or_a_shard(capsys, copied, pair, tmp_path):
-    folder = copied("trained")
-    text = Path(shutil.copytree(pair / "text", tmp_path / "text"))
-    edit(folder / "config.json", text_checkpoint__name=str(text))
-    (text / "model.safetensors").unlink()
-    _, lines = doctor(capsys, "--model", folder)
-    assert "lacks weights" in failed(lines)["text checkpoint"].found
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vocabulary = json.loads((text / "config.json").read_text())["vocab_size"]
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=256, **sizes))
-    model.save_pretrained(text, max_shard_size="50KB")
-    assert doctor(capsys, "--model", folder)[0] == 0
-    shard(text).unlink()
-    _, lines = doctor(capsys, "--model", folder)
-    assert SHARD in failed(lines)["text checkpoint"].found
-
-
-def test_names_that_are_no_folder(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    _, lines = doctor(capsys, "--model", "nobody/nothing")
-    assert "the Hub cannot be asked" in failed(lines)["config"].found
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in (tmp_path / "none", "nobody/nothing"):
-        code, lines = doctor(capsys, "--model", name)
-        assert code == 1 and failed(lines).keys() == {"config"}
-        assert {line.status for line in lines[1:]} == {SKIP}
+folders, copied = test_doctor_folder.folders, test_doctor_folder.copied
 
 
 def fake_versions(monkeypatch, **installed):
@@ -353,26 +65,42 @@ def leaving():
 
 
 def test_an_error_in_one_check_does_not_stop_the_others(capsys):
-    checks = [Check(f.__name__, f, "Mend it.") for f in (broken, leaving)]
-    after = Check("after", lambda: iter([Line(OK, "after", "fine")]), "")
-    assert examine(lambda stack: [*checks, after]) == 1
+    checks = [(f.__name__, f, "Mend it.") for f in (broken, leaving)]
+    assert examine([*checks, ("after", lambda: "fine", "")]) == 1
     words = capsys.readouterr().out
     assert "RuntimeError: no such luck" in words and "SystemExit: 3" in words and words.count("Do: Mend it.") == 2
     assert re.search(r"^OK .*first.*fine$", words, flags=re.M) and re.search(r"^OK .*after.*fine$", words, flags=re.M)
     assert "2 failed, 2 fine" in words and "\033" not in words
-    limited = Check("limited", lambda: iter([Line(WARN, "x", "small", "More."), Line(SKIP, "y", "none")]), "")
-    assert examine(lambda stack: [limited]) == 0  # neither is a failure
+    limited = ("limited", lambda: [Line(WARN, "x", "small", "More."), Line(SKIP, "y", "none")], "")
+    assert examine([limited]) == 0  # neither is a failure
+
+
+def absent():
+    raise Finding(SKIP, "none")
+
+
+def small():
+    raise Finding(WARN, "small", "More.")
+
+
+def test_what_a_check_finds_is_a_line():
+    """A way out is its own, or the check's; who skips needs none."""
+    for run, own in [(absent, ""), (small, "More.")]:
+        (line,) = lines_of("x", run, "Mend it.")
+        assert (line.name, line.do) == ("x", own)
+    (line,) = lines_of("x", lambda: tiny.Tiny().forward(), "Mend it.")
+    assert line.status == SKIP and "not tried" in line.found and not line.do
 
 
 def test_colour_on_a_terminal_only(capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    examine(lambda stack: [Check("broken", broken, "Mend it.")])
+    examine([("broken", broken, "Mend it.")])
     words = capsys.readouterr().out
     assert "\033[32mOK  \033[0m" in words and "\033[31mFAIL\033[0m" in words
     monkeypatch.setenv("NO_COLOR", "1")
-    examine(lambda stack: [Check("broken", broken, "Mend it.")])
+    examine([("broken", broken, "Mend it.")])
     assert "\033" not in capsys.readouterr().out
 
 
@@ -399,7 +127,11 @@ def server(monkeypatch):
 
 
 def hub_line() -> Line:
-    (line,) = hub_check.check_hub(hub_check.HubLook())
+    return line_of(lambda: hub_check.check_hub(None))
+
+
+def line_of(check, do="Mend it.") -> Line:
+    (line,) = lines_of("x", check, do)
     return line
 
 
@@ -419,14 +151,14 @@ def test_the_hub(server, monkeypatch):
 def test_cache_and_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "new" / "cache"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
-    assert [line.status for line in machine.check_cache()] == [OK] and not list(tmp_path.iterdir())
+    assert line_of(machine.check_cache).status == OK and not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 2**30))
-    assert [line.status for line in machine.check_cache()] == [WARN]
+    assert line_of(machine.check_cache).status == WARN
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    assert [line.status for line in (*machine.check_cache(), *machine.check_disk())] == [FAIL, FAIL]
+    assert line_of(machine.check_cache).status == line_of(machine.check_disk).status == FAIL
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
-    (line,) = machine.check_cache()
+    line = line_of(machine.check_cache)
     assert line.status == FAIL and "export HF_HUB_CACHE=DIR" in line.do
 
 
@@ -434,42 +166,38 @@ def test_cache_and_disk(tmp_path, monkeypatch):
 def test_a_gpu_that_pytorch_cannot_use_is_red_and_none_is_not(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [line.status for line in machine.check_gpu()] == [SKIP]
+    assert line_of(machine.check_gpu).status == SKIP
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: Tesla (UUID: GPU-1)'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    (line,) = machine.check_gpu()
+    line = line_of(machine.check_gpu)
     assert line.status == FAIL and "GPU 0: Tesla is there" in line.found and "CUDA build" in line.do
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden by choice
-    assert [line.status for line in machine.check_gpu()] == [SKIP]
+    assert line_of(machine.check_gpu).status == SKIP
 
 
 def test_what_is_optional_is_grey_where_it_is_absent_and_red_where_it_is_broken(tmp_path, monkeypatch):
-    check = Check("flash attention", lambda: machine.check_flash(tiny.Tiny()), machine.FLASH_AGAIN)
+    check = "flash attention", lambda: machine.check_flash(tiny.Tiny()), machine.FLASH_AGAIN
     if "flash_attn" not in sys.modules and machine.find_spec("flash_attn") is None:
-        assert [line.status for line in lines_of(check)] == [SKIP]
+        assert [line.status for line in lines_of(*check)] == [SKIP]
         (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
         monkeypatch.syspath_prepend(tmp_path)
-        (line,) = lines_of(check)
+        (line,) = lines_of(*check)
         assert line.status == FAIL and "undefined symbol" in line.found and "no-build-isolation" in line.do
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
     monkeypatch.setattr(trl_sft, "find_spec", lambda name: None)
-    checks = [machine.check_flash(tiny.Tiny()), machine.check_4bit(tiny.Tiny()), machine.check_deepspeed()]
-    checks.append(trl_sft.check_trl(trl_sft.TrlLook()))
-    assert [line.status for check in checks for line in check] == [SKIP] * 4
+    checks = [check[1], lambda: machine.check_4bit(tiny.Tiny()), machine.check_deepspeed]
+    checks.append(lambda: trl_sft.check_trl(None))
+    assert [line_of(one).status for one in checks] == [SKIP] * 4
 
 
-def tiny_lines() -> dict[str, Line]:
-    found = {}
-    with ExitStack() as stack:
-        model = tiny.Tiny()
-        steps = {"tiny model": lambda m: tiny.build(m, stack), "forward": tiny.forward, "backward": tiny.backward}
-        steps.update({"generate": tiny.generate, "save and load": tiny.save_and_load})
-        for name, step in steps.items():
-            (found[name],) = lines_of(Check(name, lambda step=step: step(model), "Mend it."))
-    return found
+def test_the_tiny_model_shows_what_is_broken(monkeypatch, tmp_path):
+    def tiny_lines() -> dict[str, Line]:
+        model, place = tiny.Tiny(), tmp_path / str(len(list(tmp_path.iterdir())))
+        place.mkdir()
+        steps = {"tiny model": lambda: model.build(place), "forward": model.forward, "backward": model.backward}
+        steps |= {"generate": model.generate, "save and load": model.save_and_load}
+        return {name: Line(line.status, name, line.found) for name, step in steps.items() if (line := line_of(step))}
 
-
-def test_the_tiny_model_shows_what_is_broken(monkeypatch):
     assert {line.status for line in tiny_lines().values()} == {OK}
     with monkeypatch.context() as patch:  # images that reach nobody
         real = LavinForConditionalGeneration.forward
@@ -483,7 +211,7 @@ def test_the_tiny_model_shows_what_is_broken(monkeypatch):
         lines = tiny_lines()
         assert failed(lines.values()).keys() == {"forward"} and "same logits" in lines["forward"].found
     with monkeypatch.context() as patch:  # an adapter that is not loaded
-        patch.setattr("lavin.adapters_lavin.set_adapter_weights", lambda *arguments: None)
+        patch.setattr("lavin.folder_lavin.set_adapter_weights", lambda *arguments: None)
         assert failed(tiny_lines().values()).keys() == {"save and load"}
     monkeypatch.setattr(tiny, "TOWERS", Path("nowhere"))
     lines = tiny_lines()
@@ -492,33 +220,11 @@ def test_the_tiny_model_shows_what_is_broken(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_repository_of_the_hub(hub, folders, tmp_path):
-    """Its small files are fetched, its weights are not; what was pushed without a file is red."""
-    (tmp_path / "damaged").mkdir()
-    for file in (folders / "light").iterdir():
-        shutil.copy(file, tmp_path / "damaged") if file.name != "tuner_lavin.py" else None
-    run(PUSH, {"org/full": str(folders / "full"), "org/damaged": str(tmp_path / "damaged")}, **hub)
-    environment = {**os.environ, **hub, "HF_HOME": str(tmp_path / "home")}
-    found = {}
-    for name in ("org/full", "org/damaged", "org/none"):
-        command = [str(Path(sys.executable).with_name("lavin")), "doctor", "--model", name]
-        found[name] = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert found["org/full"].returncode == 0, found["org/full"]
-    assert re.search("skip  base weights .* files are not here: not read", found["org/full"].stdout)
-    assert not list((tmp_path / "home").rglob("snapshots/*/model*.safetensors"))
-    damaged = found["org/damaged"]
-    assert damaged.returncode == 1 and "tuner_lavin.py is missing" in damaged.stdout
-    assert "`hf upload org/damaged " in damaged.stdout
-    assert found["org/none"].returncode == 1 and "not on the Hub" in found["org/none"].stdout
-
-
-@pytest.mark.slow
 def test_trl_sft_that_cannot_load_the_folder_is_red(copied):
     folder = copied("trained")
     (folder / "tuner_lavin.py").write_text("raise RuntimeError('damaged code')")
-    look = trl_sft.TrlLook()
-    look.start(folder)
-    (line,) = lines_of(Check("trl sft", lambda: trl_sft.check_trl(look), "Mend it."))
+    process = trl_sft.start_trl(folder)
+    line = line_of(lambda: trl_sft.check_trl(process))
     assert line.status == FAIL and "damaged code" in line.found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from huggingface_hub import constants
 from transformers.dynamic_module_utils import get_relative_imports
 
 from lavin import LavinConfig
@@ -43,13 +44,17 @@ def check_config(folder: Folder) -> str:
     name = folder.name
     if not folder.is_local and (os.path.isabs(name) or name.startswith(".") or name.count("/") != 1):
         raise Finding(FAIL, f"there is no folder {name} (paths start at {Path.cwd()})", MAKE)
-    do = f"Check the name; `hf auth login` for a private repository; `hf download {name}` to have it in the cache."
     try:
-        found = folder.find("config.json")
+        found = has_file(name, None, "config.json")
     except OSError as error:
-        raise Finding(FAIL, f"{name} is no folder here ({Path.cwd()}), and {said(error)}", do) from error
-    if found is None:
+        do = "Check the network, or download the folder and name it by its path."
+        raise Finding(FAIL, f"{name} is no folder here ({Path.cwd()}), and {error}", do) from error
+    if not found and folder.is_local:
         raise Finding(FAIL, f"config.json is missing: {name} is no LaVIN folder", f"{AGAIN} {MAKE}")
+    if not found:
+        where = "in the cache (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "on the Hub"
+        do = f"Check the name; `hf auth login` for a private repository; `hf download {name}` to have it in the cache."
+        raise Finding(FAIL, f"{name} is no folder here ({Path.cwd()}), and its config.json is not {where}", do)
     if (kind := folder.read("config.json").get("model_type")) != LavinConfig.model_type:
         raise Finding(FAIL, f"{name} is a {kind}, no LaVIN", MAKE)
     config = folder.known = LavinConfig.from_pretrained(name)
