@@ -58,10 +58,24 @@ def test_a_forked_run_is_a_fresh_one(three_steps, light, rows, tmp_path):
     assert losses == three_steps[1] and distance(tmp_path, three_steps[0]) == 0
 
 
+SAID_BY_OTHERS = [
+    ({"model_init_kwargs": {}}, r"model_init_kwargs: \{mma: \{\}\}"),
+    ({"model_init_kwargs": {"mma": {}, "text_checkpoint": "/gone"}}, "text checkpoint /gone"),
+    ({"trust_remote_code": False}, "trust_remote_code"),
+    ({"packing": True}, "Packing is not supported"),
+    ({"padding_free": True}, "Padding-free training is yet not supported"),
+    ({"pad_to_multiple_of": 8}, "multiple of a value is not yet implemented"),
+    ({"assistant_only_loss": True}, "only supported for conversational language modeling"),
+]
+
+
 @pytest.mark.slow
-def test_training_without_mma_raises_and_names_it(light, rows, tmp_path):
-    with pytest.raises(AssertionError, match=r"model_init_kwargs: \{mma: \{\}\}"):
-        sft(light, tmp_path, rows, model_init_kwargs={})
+@pytest.mark.parametrize(("settings", "said"), SAID_BY_OTHERS)
+def test_what_lavin_train_leaves_to_trl_and_to_loading(light, rows, tmp_path, settings, said):
+    """Before a step is done, in words that name the setting."""
+    with pytest.raises(AssertionError, match=said):
+        sft(light, tmp_path, rows, **settings)
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 @pytest.mark.slow

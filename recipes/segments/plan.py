@@ -52,32 +52,23 @@ def cost(settings: Settings, checked: Checked) -> Cost:
     A weight costs two operations per token or patch forwards, two where a gradient flows through it, two more where it
     is trained, and two again forwards where activations are computed anew (gradient checkpointing).
     """
-    config, counts = checked.model, {}
+    config, trained, counts = checked.model, checked.trained, {}
     model = meta_model(config)
     for name, parameter in model.named_parameters():
-        part = "vision" if "vision_tower." in name else "projector" if "multi_modal_projector." in name else "text"
         if parameter.dim() > 1 and "embed" not in name:
-            counts[part] = counts.get(part, 0) + parameter.numel()
-    values = sum(parameter.numel() for parameter in model.parameters())
-    patterns, trained = asked_patterns(settings), checked.trained
-    if patterns is None:
-        parts = f"MMA {trained:,}"
+            counts[_part(name)] = counts.get(_part(name), 0) + parameter.numel()
+    values, share = sum(parameter.numel() for parameter in model.parameters()), dict.fromkeys(counts, 0)
+    if asked_patterns(settings) is None:
+        parts, values, flows = f"MMA {trained:,}", values + trained, set(counts)
         weights = _quantised(settings, base_bytes(config, settings)) + trained * 4
-        share, values = dict.fromkeys(counts, 0), values + trained
-        flows = set(counts)
     else:
         named = trained_of_base(config, settings, hub_arguments(settings))
         parts, weights = by_part(named), base_bytes(config, settings, trained)
-        share = {
-            "vision": sum(n for name, n in named if "vision_tower." in name),
-            "projector": sum(n for name, n in named if "multi_modal_projector." in name),
-            "text": sum(
-                n for name, n in named if "vision_tower." not in name and "multi_modal_projector." not in name
-            ),
-        }
-        flows = {"vision"} if share["vision"] else set()
-        flows |= {"projector"} if flows or share["projector"] else set()
-        flows |= {"text"}
+        for name, count in named:
+            share[_part(name)] += count
+        # A gradient flows from the head back to the first part that is trained.
+        order = ["text", "projector", "vision"]
+        flows = set(order[: max(i for i, part in enumerate(order) if share[part] or not i) + 1])
     rows = next(iter(checked.data.values()))
     epochs = _epochs(settings, checked.steps, len(rows["problem"]))
     tokens = float((rows["prompt"] + rows["completion"]).sum()) * epochs
@@ -93,6 +84,10 @@ def cost(settings: Settings, checked: Checked) -> Cost:
     )
     data = f"{len(rows['problem']):,} rows, {int((rows['images'] > 0).sum()):,} with images{_shares(settings)}"
     return Cost(parts, data, checked.steps, values, trained, weights, trained * 4, trained * 8, flops)
+
+
+def _part(name: str) -> str:
+    return "vision" if "vision_tower." in name else "projector" if "multi_modal_projector." in name else "text"
 
 
 def _quantised(settings: Settings, size: int) -> int:

@@ -46,23 +46,26 @@ def check_options(settings: Settings) -> list[str]:
     check_base_options(settings)
     if settings["use_peft"]:
         raise ValueError("`use_peft` puts LoRA on top of the adapter: remove it, and `lora_*` with it.")
-    doubts = {
-        "`logging_nan_inf_filter: true` shows the last finite loss in place of NaN: better false.": settings[
-            "logging_nan_inf_filter"
-        ]
-        and "logging_nan_inf_filter" in settings.given,
-        f"ZeRO-{settings.zero_stage} with `bf16: true` casts what is trained, and the saved adapter is rounded to "
-        "bfloat16: add `--bf16 false`; the base stays in bfloat16 by `dtype: bfloat16`.": settings.zero_stage in (1, 2)
-        and settings["bf16"],
-        "`save_only_model: true` leaves no optimiser in the checkpoints: they cannot be resumed from.": settings[
-            "save_only_model"
-        ],
-        "`save_strategy: no` leaves no checkpoints: a run that is stopped starts from the beginning.": settings[
-            "save_strategy"
-        ]
-        == "no",
-    }
-    return [words for words, doubtful in doubts.items() if doubtful]
+    doubts = [
+        (
+            settings["logging_nan_inf_filter"] and "logging_nan_inf_filter" in settings.given,
+            "`logging_nan_inf_filter: true` shows the last finite loss in place of NaN: better false.",
+        ),
+        (
+            settings.zero_stage in (1, 2) and settings["bf16"],
+            f"ZeRO-{settings.zero_stage} with `bf16: true` casts what is trained, and the saved adapter is rounded to "
+            "bfloat16: add `--bf16 false`; the base stays in bfloat16 by `dtype: bfloat16`.",
+        ),
+        (
+            settings["save_only_model"],
+            "`save_only_model: true` leaves no optimiser in the checkpoints: they cannot be resumed from.",
+        ),
+        (
+            settings["save_strategy"] == "no",
+            "`save_strategy: no` leaves no checkpoints: a run that is stopped starts from the beginning.",
+        ),
+    ]
+    return [words for doubtful, words in doubts if doubtful]
 
 
 def check_model(settings: Settings) -> tuple[LavinConfig, LavinProcessor, int]:
