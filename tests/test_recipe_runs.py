@@ -19,6 +19,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
 from test_recipes import FILES, LAYOUTS, ON_CPU, PUBLISHED, is_lite, parse, readme
+from training import distance
 from transformers import (
     AutoModel,
     CLIPVisionConfig,
@@ -152,8 +153,8 @@ def test_three_steps_in_its_own_shape(place, tmp_path, name):
 
 def test_two_machines(place, tmp_path):
     """The README's command for several machines, with two of one process each, on this one."""
-    (command,) = re.findall(r"```bash\n(trl sft [^`]*--machine_rank[^`]*)```", readme("accelerate"))
-    words = command.replace("\\\n", " ").split()
+    (shown,) = re.findall(r"```bash\n(trl sft [^`]*--machine_rank[^`]*)```", readme("accelerate"))
+    words = shown.replace("\\\n", " ").split()
     assert words[:2] == ["trl", "sft"] and words[words.index("--config") + 1] == "recipes/scienceqa/lavin-13b.yaml"
     options = dict(zip(words[2::2], words[3::2], strict=True))
     del options["--config"]
@@ -248,6 +249,7 @@ def test_best_checkpoint_as_the_readme_says(place, tmp_path):
     (lines,) = re.findall(r"```yaml\n(.*?)```", readme("scienceqa"), flags=re.S)
     assert set(yaml.safe_load(lines)) == {
         "dataset_name", "dataset_test_split", "eval_strategy", "metric_for_best_model", "greater_is_better",
+        "load_best_model_at_end",
     }  # fmt: skip
     recipe = yaml.safe_load(FILES["scienceqa/lavin-7b"].read_text(encoding="utf-8"))
     del recipe["datasets"]
@@ -267,6 +269,7 @@ def test_best_checkpoint_as_the_readme_says(place, tmp_path):
     assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{best}"
     assert {path.name for path in output.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-8"}
     check_trained(output / f"checkpoint-{best}")
+    assert distance(output, output / f"checkpoint-{best}") == 0
 
 
 def test_cast_benchmark(tmp_path, capsys):
