@@ -60,7 +60,10 @@ def test_a_forked_run_is_a_fresh_one(three_steps, light, rows, tmp_path):
 
 SAID_BY_OTHERS = [
     ({"model_init_kwargs": {}}, r"model_init_kwargs: \{mma: \{\}\}"),
-    ({"model_init_kwargs": {"mma": {}, "text_checkpoint": "/gone"}}, "The text checkpoint of .*, /gone .*cannot be reached"),
+    (
+        {"model_init_kwargs": {"mma": {}, "text_checkpoint": "/gone"}},
+        "text checkpoint of .*, /gone .*cannot be reached",
+    ),
     ({"trust_remote_code": False}, "trust_remote_code"),
     ({"packing": True}, "Packing is not supported"),
     ({"padding_free": True}, "Padding-free training is yet not supported"),
