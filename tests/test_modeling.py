@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lavin import LavinConfig, LavinForConditionalGeneration, MMAConfig
+from lavin.modeling_lavin import LavinPreTrainedModel
 
 
 TOLERANCE = 2e-5  # of logits of size 10 or so, in float32

@@ -7,20 +7,14 @@ from pathlib import Path
 
 from lavin import LavinConfig, LavinProcessor, MMAConfig
 from lavin.configuration_lavin import OWN_FIELDS
-from lavin.files_lavin import find_file, read_json, read_text
-from lavin.folder_lavin import (
-    ADAPTER_CONFIG,
-    ADAPTER_NAME,
-    BASE_WEIGHTS,
-    _trainable_config,
-    check_output_folder,
-    local_checkpoints,
-)
+from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, BASE_WEIGHTS, find_file, read_json, read_text
+from lavin.peft_lavin import training_config
 from lavin.recipes.init import meta_model
 from lavin.recipes.load import check_agreement, load_processor
 from lavin.recipes.train.base import asked_patterns, check_base_options, trained_of_base
 from lavin.recipes.train.settings import Settings
 from lavin.recipes.units import readable
+from lavin.saving_lavin import check_output_folder, local_checkpoints
 
 
 KEEPS_ALL = ("end", "checkpoint", "all_checkpoints")  # `hub_strategy`: after the run the whole folder is on the Hub
@@ -108,7 +102,7 @@ def asked_adapter(settings: Settings) -> MMAConfig | None:
     hub = hub_arguments(settings)
     has_adapter = find_file(name, f"{ADAPTER_NAME}/{ADAPTER_CONFIG}", hub) is not None
     stored = MMAConfig.from_pretrained(name, subfolder=ADAPTER_NAME, **hub) if has_adapter else None
-    return _trainable_config(mma, stored, name)
+    return training_config(mma, stored, name)
 
 
 def hub_arguments(settings: Settings) -> dict:
