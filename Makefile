@@ -41,6 +41,7 @@ faults: $(VENV)/.dev  ## bad input, damaged files, kills, full disks, no network
 quality: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 docs: $(VENV)/.docs  ## the pages of docs/ as a site in outputs/docs: index.html
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict $(ARGS)

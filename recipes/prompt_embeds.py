@@ -29,7 +29,7 @@ try:
     from lavin.images_lavin import to_rgb
 except ImportError:  # `lavin export` writes it beside this file
     sys.path.append(str(Path(__file__).parent))
-    from images_lavin import to_rgb
+    from images_lavin import to_rgb  # type: ignore[no-redef]
 
 
 EMBEDDINGS = "input_embeddings.pt"  # engines read every safetensors file of a folder as the model's

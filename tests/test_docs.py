@@ -114,7 +114,7 @@ def test_commands_within_the_text_exist(page):
 @pytest.mark.parametrize("page", OURS)
 def test_blocks_are_of_a_kind_that_is_tried(page):
     kinds = set(re.findall(r"^```(\w*)\n.*?^```$", text_of(page), flags=re.M | re.S))
-    assert kinds <= {"bash", "python", "yaml", "bibtex"}
+    assert kinds <= {"bash", "python", "yaml", "bibtex", "mermaid"}
     if page != "README.md":  # whose recipe is trained with
         assert not blocks("yaml", page)
 

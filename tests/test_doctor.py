@@ -211,7 +211,7 @@ def test_the_tiny_model_shows_what_is_broken(monkeypatch, tmp_path):
         lines = tiny_lines()
         assert failed(lines.values()).keys() == {"forward"} and "same logits" in lines["forward"].found
     with monkeypatch.context() as patch:  # an adapter that is not loaded
-        patch.setattr("lavin.folder_lavin.set_adapter_weights", lambda *arguments: None)
+        patch.setattr("lavin.peft_lavin.set_adapter_weights", lambda *arguments: None)
         assert failed(tiny_lines().values()).keys() == {"save and load"}
     monkeypatch.setattr(tiny, "TOWERS", Path("nowhere"))
     lines = tiny_lines()

@@ -26,7 +26,8 @@ def check_versions() -> Iterator[Line]:
         own = [r for r in requirements if r not in needed and r.name != declared.name and _applies(r, extra)]
         lines = [_compare(r) for r in own]
         missing = ", ".join(line.name for line in lines if line.found == MISSING)
-        yield from (line for line in lines if line.status == FAIL and line.found != MISSING)
+        if lines and lines[0].found != MISSING:  # without its first package an extra is not in use here
+            yield from (line for line in lines if line.status == FAIL and line.found != MISSING)
         fine = ", ".join(f"{line.name} {line.found}" for line in lines if line.status == OK)
         if missing:
             yield Line(SKIP, f"extra {extra}", f"not installed: {missing}" + (f"; installed: {fine}" if fine else ""))
