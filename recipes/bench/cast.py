@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, set_seed
 
-from .timing import machine, one_thread_count
+from lavin.recipes.machine import machine, one_thread_count
 
 
 NAME = "cast"

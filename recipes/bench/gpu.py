@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lavin.recipes.evaluate.run import markdown_table
+from lavin.recipes.machine import machine
+from lavin.recipes.report import markdown_table
 
 from .gpu_models import FLOPS, WIDTHS, build, count_flops, empty_model, make_batches, with_adapter
 from .step_time import labelled_loss
-from .timing import machine
 
 
 BASES = ("bf16", "4-bit")

@@ -11,13 +11,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
+from lavin.recipes.machine import forget_peak, machine, resident
+
 from .models import Size, describe, lavin_config, make_batch
 from .step_time import add_fused_lm_head, make_rivals
-from .timing import interleave, machine, summary
+from .timing import interleave, summary
 
 
 NAME = "memory_peak"
@@ -33,18 +34,6 @@ GOALS = [
 ]
 # Small rows for the first step, at the models' own sizes.
 FEW = {"batch_size": 2, "prompt_tokens": 4, "answer_tokens": 4}
-
-
-def resident(peak: bool = False) -> float:
-    """Resident memory of this process in MB (10^6 bytes): now, or the largest since `forget_peak`."""
-    name = "VmHWM" if peak else "VmRSS"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{name}:"))
-
-
-def forget_peak():
-    """Lets the kernel start anew with the largest resident memory of this process."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(rival: str, size: Size, number: int, seed: int = 0, lora_dropout: float = 0.0) -> float:

@@ -8,8 +8,10 @@ too, through the vision tower, adapted and frozen.
 
 import torch
 
+from lavin.recipes.machine import machine
+
 from .models import Size, adapted_lavin, describe, embed, frozen_lavin, language_model, make_batch
-from .timing import interleave, machine, summary
+from .timing import interleave, summary
 
 
 NAME = "prefill_time"

@@ -4,18 +4,13 @@ processor time that is measured, which other programs' turns on the core do not 
 """
 
 import json
-import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 from tqdm import tqdm
 
 
@@ -23,50 +18,9 @@ from tqdm import tqdm
 UNITS = {"seconds": (1000, "ms"), "samples_per_second": (1, "samples/s"), "megabytes": (1, "MB")}
 
 
-@contextmanager
-def one_thread_count(threads: int):
-    """Runs torch with so many threads, and gives the caller's number back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def clock() -> float:
     """Seconds: the process's processor time where torch has one thread, the wall's otherwise."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def cpu_model() -> str:
-    """Name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def machine() -> dict:
-    """What the numbers were measured on."""
-    return {
-        "cpu": cpu_model(),
-        "cores": cpu_cores(),
-        "threads": torch.get_num_threads(),
-        "clock": "processor time" if torch.get_num_threads() == 1 else "wall time",
-        "platform": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
 
 
 def interleave(

@@ -4,8 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from lavin.recipes.evaluate.run import markdown_table
-from lavin.recipes.quickstart.ablation import spread
+from lavin.recipes.report import markdown_table, spread
 from lavin.recipes.train.settings import read_yaml
 
 from .figures import plot

@@ -18,12 +18,12 @@ from lavin import LavinForConditionalGeneration, LavinProcessor
 from lavin.peft_lavin import ADAPTER
 from lavin.recipes.data.scienceqa import format_answer, format_question
 from lavin.recipes.evaluate.answers import answer, render
-from lavin.recipes.evaluate.run import percent
 from lavin.recipes.evaluate.scienceqa import parse_letter
 from lavin.recipes.evaluate.text import log_likelihoods
-from lavin.recipes.quickstart.ablation import end_with_parent
+from lavin.recipes.machine import end_with_parent
 from lavin.recipes.quickstart.evaluate import evaluate, load_questions
 from lavin.recipes.quickstart.pretrain_text import sample_row
+from lavin.recipes.report import percent
 
 from .runs import RESULT
 

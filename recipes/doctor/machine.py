@@ -20,7 +20,7 @@ from lavin.recipes.doctor.report import FAIL, OK, SKIP, WARN, Finding, Line, sai
 from lavin.recipes.doctor.tiny import Tiny, backpropagate
 from lavin.recipes.doctor.trl_sft import check_trl, start_trl
 from lavin.recipes.doctor.versions import check_versions
-from lavin.recipes.units import readable
+from lavin.recipes.report import readable
 
 
 MODEL_SPACE, LEAST_SPACE = 20 * 2**30, 2**30  # LLaMA-7B with CLIP ViT-L/14 is 15 GB; an adapter's checkpoint 45 MB

@@ -18,8 +18,7 @@ import yaml
 
 from lavin.recipes.compare.runs import Run, run_all
 from lavin.recipes.compare.tiny import GPT2_PAIR, PAIR, make_base, make_data
-from lavin.recipes.evaluate.run import markdown_table
-from lavin.recipes.quickstart.ablation import spread
+from lavin.recipes.report import markdown_table, spread
 from lavin.recipes.segments.recipe import read_recipe
 
 from .views import write_views

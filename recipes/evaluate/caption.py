@@ -6,9 +6,10 @@ import shutil
 from collections import Counter
 
 from lavin.recipes.data.captions import PROMPT, Captions
+from lavin.recipes.report import markdown_table
 
 from .ptb import ptb_words
-from .run import ask_model, check_positive, markdown_table, write_results
+from .run import ask_model, check_positive, write_results
 
 
 def score_captions(answers: dict[str, str], references: dict[str, list[str]]) -> dict[str, float]:

@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 from lavin.recipes.data.grounding import Grounding
+from lavin.recipes.report import markdown_table, percent
 
 from .boxes import draw_boxes, iou, parse_box
-from .run import ask_model, markdown_table, percent, write_results
+from .run import ask_model, write_results
 
 
 HIT = 0.5

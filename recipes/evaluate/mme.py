@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 from lavin.files_lavin import read_text
+from lavin.recipes.report import markdown_table
 
-from .run import ask_model, check_ids, markdown_table, read_answer_file, write_results
+from .run import ask_model, check_ids, read_answer_file, write_results
 
 
 PERCEPTION = (

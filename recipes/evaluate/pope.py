@@ -4,8 +4,9 @@ import os
 import re
 
 from lavin.recipes.data.pope import CATEGORIES, POPE
+from lavin.recipes.report import markdown_table
 
-from .run import ask_model, markdown_table, write_results
+from .run import ask_model, write_results
 
 
 MEASURES = ("accuracy", "precision", "recall", "F1", "yes")

@@ -107,28 +107,6 @@ def check_positive(**numbers: int | None):
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
 
 
-def percent(right: list[bool]) -> float | None:
-    """Share of `True` in percent, rounded as the official scorers print it; `None` where there is nothing."""
-    return float(f"{sum(right) / len(right) * 100:.2f}") if right else None
-
-
-def shown(value) -> str:
-    """A score as tables show it."""
-    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def markdown_table(rows: list[dict]) -> str:
-    """Rows of equal columns as a Markdown table that is aligned in a terminal, too."""
-    columns = list(rows[0])
-    cells = [columns, *([shown(row[name]) for name in columns] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    # Names on the left, numbers on the right.
-    left = [any(isinstance(row[name], str) for row in rows) for name in columns]
-    lines = [[c.ljust(w) if lf else c.rjust(w) for c, w, lf in zip(row, widths, left, strict=True)] for row in cells]
-    lines.insert(1, ["-" * w if lf else "-" * (w - 1) + ":" for w, lf in zip(widths, left, strict=True)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def read_answer_file(path: str | os.PathLike) -> tuple[dict, dict | None]:
     """
     Reads predictions to score: a JSON object from question id to answer (also under the key "results", as ScienceQA's

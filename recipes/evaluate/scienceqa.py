@@ -14,8 +14,9 @@ from lavin.recipes.data.scienceqa import (
     read_captions,
     read_scienceqa,
 )
+from lavin.recipes.report import markdown_table, percent
 
-from .run import ask_model, check_ids, markdown_table, percent, read_answer_file, write_results
+from .run import ask_model, check_ids, read_answer_file, write_results
 
 
 ANSWER = re.compile(r"The answer is \(?([A-Z])\b")

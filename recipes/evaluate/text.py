@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavin.files_lavin import ADAPTER_NAME, read_text
 from lavin.recipes.load import default_device, default_dtype, load_model
+from lavin.recipes.report import markdown_table
 
 from .predictions import model_identity
-from .run import check_positive, markdown_table, write_results
+from .run import check_positive, write_results
 
 
 BASE, ADAPTER, OFF = "base alone", "adapter on text", "adapter off"

@@ -4,8 +4,9 @@ import os
 import re
 
 from lavin.recipes.data.vqa import VQA
+from lavin.recipes.report import markdown_table
 
-from .run import ask_model, check_positive, markdown_table, write_results
+from .run import ask_model, check_positive, write_results
 
 
 # ---- what the official scorer (vqaEval.py of visualqa.org) does to an answer, its faults included

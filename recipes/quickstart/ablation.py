@@ -10,15 +10,12 @@ kept: started again after it was stopped, the ablation goes on from there. To be
 import argparse
 import json
 import math
-import os
 import re
 import resource
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -29,10 +26,12 @@ from tqdm import tqdm
 
 from lavin.recipes.data.rows import write_parquet
 from lavin.recipes.data.scienceqa import scienceqa_rows
+from lavin.recipes.figures import pyplot
+from lavin.recipes.machine import end_with_parent
+from lavin.recipes.report import spread
 
 from .data import write_dataset
 from .evaluate import evaluate, load_questions
-from .figures import pyplot
 from .quickstart import RECIPE, make_model, run_sft
 
 
@@ -189,16 +188,6 @@ def start_run(row: str, seed: int, output: Path, max_steps: int | None) -> subpr
         )
 
 
-def end_with_parent():
-    """Ends this process and what it started when the process that started it has ended, however it did."""
-
-    def wait():
-        os.read(0, 1)  # nothing is ever written: this returns when the other end closes
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def run_all(wanted: list[tuple[str, int]], output: Path, max_steps: int | None = None):
     """
     Makes the runs that have not been made, `AT_ONCE` at once, with one progress bar.
@@ -239,11 +228,6 @@ def one_line(result: dict) -> str:
     """One finished run, for people."""
     scores = "  ".join(f"{name} {result['scores'][name]:.1f}" for name in COLUMNS)
     return f"{LABELS[result['row']]}, seed {result['seed']}: {scores}  ({result['cpu_seconds']:.0f} CPU s)"
-
-
-def spread(values: list[float], form: str = ".1f") -> str:
-    """Mean and sample standard deviation."""
-    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def by_row(results: list[dict], name: str) -> dict[str, list[float]]:

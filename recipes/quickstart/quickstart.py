@@ -23,10 +23,10 @@ from safetensors import safe_open
 from lavin.images_lavin import read_image
 from lavin.recipes.data.rows import write_parquet
 from lavin.recipes.data.scienceqa import LETTERS, format_answer, format_question, scienceqa_rows
+from lavin.recipes.figures import plot_loss, plot_routing, read_losses
 
 from .data import write_dataset
 from .evaluate import evaluate, load_questions
-from .figures import plot_loss, plot_routing, read_losses
 
 
 HERE = Path(__file__).resolve().parent

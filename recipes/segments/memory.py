@@ -19,7 +19,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from lavin import LavinConfig, LavinForConditionalGeneration
-from lavin.recipes.bench.memory_peak import forget_peak, resident
+from lavin.recipes.machine import forget_peak, resident
 from lavin.recipes.segments.recipe import read_recipe
 from lavin.recipes.train.base import by_part
 from lavin.trainable_lavin import set_trainable, trained_names

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from lavin.recipes.init import meta_model
+from lavin.recipes.report import duration, readable
 from lavin.recipes.segments.recipe import Segment
 from lavin.recipes.train.base import asked_patterns, base_bytes, by_part, trained_of_base
 from lavin.recipes.train.checks import hub_arguments
 from lavin.recipes.train.settings import Settings
 from lavin.recipes.train.train import Checked
-from lavin.recipes.units import duration, readable
 
 
 @dataclass

@@ -23,10 +23,10 @@ from lavin.recipes.data.grounding import Grounding
 from lavin.recipes.data.prepare import prepare
 from lavin.recipes.evaluate.caption import evaluate_caption, most_frequent, score_captions
 from lavin.recipes.evaluate.grounding import PICTURE, evaluate_grounding
-from lavin.recipes.evaluate.run import markdown_table
+from lavin.recipes.figures import plot_loss, read_losses
 from lavin.recipes.init import init_folder
-from lavin.recipes.quickstart.figures import plot_loss, read_losses
 from lavin.recipes.quickstart.quickstart import TAPS, TINY, say
+from lavin.recipes.report import markdown_table
 
 from .data import SIZES, write_tasks
 

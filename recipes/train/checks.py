@@ -11,9 +11,9 @@ from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, BASE_WEIGHTS, find_f
 from lavin.peft_lavin import training_config
 from lavin.recipes.init import meta_model
 from lavin.recipes.load import check_agreement, load_processor
+from lavin.recipes.report import readable
 from lavin.recipes.train.base import asked_patterns, check_base_options, trained_of_base
 from lavin.recipes.train.settings import Settings
-from lavin.recipes.units import readable
 from lavin.saving_lavin import check_output_folder, local_checkpoints
 
 

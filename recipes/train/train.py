@@ -12,6 +12,7 @@ import numpy as np
 
 from lavin.files_lavin import ADAPTER_NAME
 from lavin.recipes.card import card_folder
+from lavin.recipes.report import readable
 from lavin.recipes.train.base import asked_patterns, base_bytes, by_part, rounding_warning, trained_of_base
 from lavin.recipes.train.checkpoints import (
     STATE,
@@ -35,7 +36,6 @@ from lavin.recipes.train.checks import (
 )
 from lavin.recipes.train.launch import run_watched
 from lavin.recipes.train.settings import Settings, count_steps, read_settings, read_yaml
-from lavin.recipes.units import readable
 from lavin.saving_lavin import check_output_folder
 
 

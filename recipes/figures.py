@@ -1,4 +1,4 @@
-"""The quickstart's two pictures: the loss curve and the routing table."""
+"""Pictures: the loss curve and the routing table."""
 
 import json
 from pathlib import Path
