@@ -2,8 +2,8 @@
 
 import os
 
-from lavin.recipes.evaluate.answers import answer, read_image
-from lavin.recipes.load import load_model
+from .evaluate.answers import answer, read_image
+from .load import load_model
 
 
 def ask(

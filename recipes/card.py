@@ -11,7 +11,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from lavin import LavinConfig, MMAConfig
 from lavin.card_lavin import BEGIN, END, RESULTS, adapter_digest, split_card, write_card
 from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, replace_text
-from lavin.recipes.init import meta_model
+
+from .init import meta_model
 
 
 # The form of results that the Hub shows beside a data set (https://huggingface.co/docs/hub/eval-results). A file's

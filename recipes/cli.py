@@ -3,13 +3,13 @@
 import argparse
 import sys
 
-from lavin.recipes.compare.cli import add_compare_parser
-from lavin.recipes.data.cli import add_data_parser
-from lavin.recipes.doctor.cli import add_doctor_parser
-from lavin.recipes.evaluate.cli import add_eval_parser
-from lavin.recipes.segments.cli import add_segments_parser
-from lavin.recipes.serve.cli import add_serve_parser
-from lavin.recipes.train.cli import add_train_parser
+from .compare.cli import add_compare_parser
+from .data.cli import add_data_parser
+from .doctor.cli import add_doctor_parser
+from .evaluate.cli import add_eval_parser
+from .segments.cli import add_segments_parser
+from .serve.cli import add_serve_parser
+from .train.cli import add_train_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["quickstart"]:  # it has a parser of its own
-        from lavin.recipes.quickstart.quickstart import main as quickstart
+        from .quickstart.quickstart import main as quickstart
 
         quickstart(argv[1:])
         return 0
@@ -142,13 +142,13 @@ def _folder_options(parser: argparse.ArgumentParser):
 
 
 def run_init(**arguments):
-    from lavin.recipes.init import init_folder
+    from .init import init_folder
 
     print(f"Wrote {init_folder(**arguments)}. Train it: trl sft with `model_init_kwargs: {{mma: {{}}}}`.")
 
 
 def run_convert(**arguments):
-    from lavin.recipes.convert import convert_checkpoint
+    from .convert import convert_checkpoint
 
     folder, with_processor = convert_checkpoint(**arguments)
     print(f"Wrote {folder}.")
@@ -157,7 +157,7 @@ def run_convert(**arguments):
 
 
 def run_card(**arguments):
-    from lavin.recipes.card import card_folder
+    from .card import card_folder
 
     print(f"Wrote {card_folder(**arguments)}.")
     if arguments["push"]:
@@ -165,7 +165,7 @@ def run_card(**arguments):
 
 
 def run_export(**arguments):
-    from lavin.recipes.export import export_folder
+    from .export import export_folder
 
     for modality, found in export_folder(**arguments).items():
         print(
@@ -176,7 +176,7 @@ def run_export(**arguments):
 
 
 def run_ask(**arguments):
-    from lavin.recipes.ask import ask
+    from .ask import ask
 
     print(ask(**arguments))
 

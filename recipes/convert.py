@@ -14,8 +14,9 @@ from lavin import MMAConfig
 from lavin.adapters_lavin import MLP_NAMES
 from lavin.files_lavin import ADAPTER_NAME
 from lavin.pair import config_of_pair
-from lavin.recipes.convert_pool import convert_pool, has_pool_adapter
-from lavin.recipes.init import check_new_folder, load_pair, meta_model, pair_processor, write_folder
+
+from .convert_pool import convert_pool, has_pool_adapter
+from .init import check_new_folder, load_pair, meta_model, pair_processor, write_folder
 
 
 logger = logging.get_logger(__name__)

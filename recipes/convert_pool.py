@@ -10,8 +10,9 @@ from lavin import MMAConfig
 from lavin.files_lavin import ADAPTER_NAME
 from lavin.pair import config_of_pair
 from lavin.projector_lavin import LavinPoolAdapter
-from lavin.recipes.init import load_pair, meta_model, pair_processor, write_folder
 from lavin.tuner_lavin import MMALayer
+
+from .init import load_pair, meta_model, pair_processor, write_folder
 
 
 logger = logging.get_logger(__name__)

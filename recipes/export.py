@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lavin import images_lavin
 from lavin.files_lavin import staged
-from lavin.recipes import prompt_embeds as image_side
-from lavin.recipes.init import check_new_folder
-from lavin.recipes.load import load_model, load_processor
+
+from . import prompt_embeds as image_side
+from .init import check_new_folder
+from .load import load_model, load_processor
 
 
 MODALITIES = ("text", "image")

@@ -13,9 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from lavin.recipes.machine import one_thread_count
-from lavin.recipes.report import markdown_table
-
+from ..machine import one_thread_count
+from ..report import markdown_table
 from . import decode_time, growth, memory_peak, prefill_time, start_time, step_time, train_rate
 from .models import DEFAULT, QUICK, Size
 from .timing import goal_rows, report

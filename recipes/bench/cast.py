@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, set_seed
 
-from lavin.recipes.machine import machine, one_thread_count
+from ..machine import machine, one_thread_count
 
 
 NAME = "cast"
@@ -127,11 +127,11 @@ def run(steps: int, seed: int = 0, sizes: dict | None = None) -> dict:
     Returns:
         `dict`: `results` for `"float32"` and `"bfloat16"`, and what they were measured with.
     """
-    from lavin.recipes.data.prepare import prepare
-    from lavin.recipes.data.scienceqa import ScienceQA
-    from lavin.recipes.quickstart.data import write_dataset
-    from lavin.recipes.quickstart.evaluate import evaluate, load_questions
-    from lavin.recipes.quickstart.quickstart import make_model
+    from ..data.prepare import prepare
+    from ..data.scienceqa import ScienceQA
+    from ..quickstart.data import write_dataset
+    from ..quickstart.evaluate import evaluate, load_questions
+    from ..quickstart.quickstart import make_model
 
     results = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,8 +10,7 @@ import statistics
 
 import torch
 
-from lavin.recipes.machine import machine
-
+from ..machine import machine
 from .models import Size, adapted_lavin, embed, frozen_lavin, language_model, make_batch
 from .timing import clock, interleave, summary
 

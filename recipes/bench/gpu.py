@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lavin.recipes.machine import machine
-from lavin.recipes.report import markdown_table
-
+from ..machine import machine
+from ..report import markdown_table
 from .gpu_models import FLOPS, WIDTHS, build, count_flops, empty_model, make_batches, with_adapter
 from .step_time import labelled_loss
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lavin.recipes.machine import machine
-
+from ..machine import machine
 from . import step_time
 from .decode_time import decode_step
 from .models import DEFAULT, Size, adapted_lavin, describe, embed, frozen_lavin, language_model

@@ -14,8 +14,7 @@ import sys
 
 import torch
 
-from lavin.recipes.machine import forget_peak, machine, resident
-
+from ..machine import forget_peak, machine, resident
 from .models import Size, describe, lavin_config, make_batch
 from .step_time import add_fused_lm_head, make_rivals
 from .timing import interleave, summary

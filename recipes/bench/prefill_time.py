@@ -8,8 +8,7 @@ too, through the vision tower, adapted and frozen.
 
 import torch
 
-from lavin.recipes.machine import machine
-
+from ..machine import machine
 from .models import Size, adapted_lavin, describe, embed, frozen_lavin, language_model, make_batch
 from .timing import interleave, summary
 

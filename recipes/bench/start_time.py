@@ -19,8 +19,8 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 from transformers.utils import logging
 
 from lavin import LavinForConditionalGeneration, MMAConfig
-from lavin.recipes.machine import machine
 
+from ..machine import machine
 from .models import Size, describe, frozen_lavin, language_model
 from .timing import clock, interleave, quartiles, summary
 

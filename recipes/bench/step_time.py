@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from lavin.recipes.machine import machine
-
+from ..machine import machine
 from .models import Size, adapted_lavin, describe, embed, frozen_lavin, language_model, make_batch
 from .timing import interleave, summary
 

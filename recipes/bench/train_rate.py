@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from lavin.recipes.machine import machine
-
+from ..machine import machine
 from .models import Size, adapted_lavin, describe, frozen_lavin, make_batch, pad_right, rows_of
 from .step_time import add_fused_lm_head, add_trl_head, labelled_loss, trl_loss
 from .timing import interleave, summary

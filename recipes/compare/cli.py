@@ -24,6 +24,6 @@ def add_compare_parser(commands):
 
 
 def run_compare(**arguments):
-    from lavin.recipes.compare.compare import compare
+    from .compare import compare
 
     compare(**arguments)

@@ -4,9 +4,8 @@ import json
 import time
 from pathlib import Path
 
-from lavin.recipes.report import markdown_table, spread
-from lavin.recipes.train.settings import read_yaml
-
+from ..report import markdown_table, spread
+from ..train.settings import read_yaml
 from .figures import plot
 from .runs import Run, run_all
 from .tiny import GPT2_PAIR, PAIR, SEARCH_SEED, make_base, make_data

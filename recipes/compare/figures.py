@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from lavin.recipes.figures import pyplot
+from ..figures import pyplot
 
 
 COLOURS = {"IMG": "#b3541e", "TXT": "#8a8a8a", "NO": "#c9b458", "AVG": "#2f6f4f"}

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from lavin.recipes.quickstart.pretrain import round_weights
-from lavin.recipes.quickstart.pretrain_text import score_text, teach_all
+from ..quickstart.pretrain import round_weights
+from ..quickstart.pretrain_text import score_text, teach_all
 
 
 NOISE = 0.8  # how unlike clean words the image slots become, as for the Llama

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 
 from lavin import LavinForConditionalGeneration, LavinProcessor
 from lavin.peft_lavin import ADAPTER
-from lavin.recipes.data.scienceqa import format_answer, format_question
-from lavin.recipes.evaluate.answers import answer, render
-from lavin.recipes.evaluate.scienceqa import parse_letter
-from lavin.recipes.evaluate.text import log_likelihoods
-from lavin.recipes.machine import end_with_parent
-from lavin.recipes.quickstart.evaluate import evaluate, load_questions
-from lavin.recipes.quickstart.pretrain_text import sample_row
-from lavin.recipes.report import percent
 
+from ..data.scienceqa import format_answer, format_question
+from ..evaluate.answers import answer, render
+from ..evaluate.scienceqa import parse_letter
+from ..evaluate.text import log_likelihoods
+from ..machine import end_with_parent
+from ..quickstart.evaluate import evaluate, load_questions
+from ..quickstart.pretrain_text import sample_row
+from ..report import percent
 from .runs import RESULT
 
 

@@ -3,11 +3,10 @@
 import shutil
 from pathlib import Path
 
-from lavin.recipes.init import init_folder
-from lavin.recipes.quickstart.ablation import write_data
-from lavin.recipes.quickstart.data import SIZES
-from lavin.recipes.quickstart.quickstart import TAPS, TINY
-
+from ..init import init_folder
+from ..quickstart.ablation import write_data
+from ..quickstart.data import SIZES
+from ..quickstart.quickstart import TAPS, TINY
 from .gpt2 import make_gpt2
 
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from lavin.recipes.evaluate.boxes import box_text
-
+from ..evaluate.boxes import box_text
 from .examples import Joined, Several, all_questions, check_paths, load, make_rows, need
 from .records import json_rows, keep, line_rows
 from .rows import BadRow

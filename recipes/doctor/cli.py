@@ -17,13 +17,13 @@ def add_doctor_parser(commands):
 
 
 def run_doctor(model: str | None = None) -> int:
-    from lavin.recipes.doctor.report import examine
+    from .report import examine
 
     if model is not None:
-        from lavin.recipes.doctor.model import model_checks
+        from .model import model_checks
 
         return examine(model_checks(model))
-    from lavin.recipes.doctor.machine import machine_checks
+    from .machine import machine_checks
 
     with machine_checks() as checks:
         return examine(checks)

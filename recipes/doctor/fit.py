@@ -10,9 +10,10 @@ from lavin import LavinConfig, LavinProcessor
 from lavin.configuration_lavin import vision_part
 from lavin.files_lavin import find_file
 from lavin.pair import tower_config
-from lavin.recipes.doctor.folder import AGAIN, Folder, has_file, local_file
-from lavin.recipes.doctor.report import FAIL, OK, SKIP, Finding, Line, said
 from lavin.towers_lavin import WEIGHT_FILES, shards_of
+
+from .folder import AGAIN, Folder, has_file, local_file
+from .report import FAIL, OK, SKIP, Finding, Line, said
 
 
 SHAPES = {

@@ -9,8 +9,9 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 import lavin
 from lavin import LavinConfig
 from lavin.files_lavin import ADAPTER_NAME, BASE_WEIGHTS, find_file, read_json
-from lavin.recipes.doctor.report import SKIP, Finding
 from lavin.towers_lavin import shards_of
+
+from .report import SKIP, Finding
 
 
 MAKE = "`lavin init --vision NAME --text NAME --output DIR` makes a LaVIN folder."

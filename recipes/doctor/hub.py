@@ -5,7 +5,7 @@ import threading
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import get_session
 
-from lavin.recipes.doctor.report import FAIL, SKIP, Finding, said
+from .report import FAIL, SKIP, Finding, said
 
 
 PATIENCE = 5.0  # seconds

@@ -15,12 +15,12 @@ from huggingface_hub import constants
 from transformers import BitsAndBytesConfig
 from transformers.utils.hub import HF_MODULES_CACHE
 
-from lavin.recipes.doctor.hub import HubLook, check_hub
-from lavin.recipes.doctor.report import FAIL, OK, SKIP, WARN, Finding, Line, said
-from lavin.recipes.doctor.tiny import Tiny, backpropagate
-from lavin.recipes.doctor.trl_sft import check_trl, start_trl
-from lavin.recipes.doctor.versions import check_versions
-from lavin.recipes.report import readable
+from ..report import readable
+from .hub import HubLook, check_hub
+from .report import FAIL, OK, SKIP, WARN, Finding, Line, said
+from .tiny import Tiny, backpropagate
+from .trl_sft import check_trl, start_trl
+from .versions import check_versions
 
 
 MODEL_SPACE, LEAST_SPACE = 20 * 2**30, 2**30  # LLaMA-7B with CLIP ViT-L/14 is 15 GB; an adapter's checkpoint 45 MB

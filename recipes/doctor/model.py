@@ -11,11 +11,12 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from lavin import LavinConfig
 from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS
-from lavin.recipes.doctor.fit import check_checkpoints, check_processor
-from lavin.recipes.doctor.folder import ADAPTER_AGAIN, AGAIN, MAKE, Folder, has_file
-from lavin.recipes.doctor.report import FAIL, OK, Finding, Line, said
-from lavin.recipes.doctor.weights import check_adapter, check_base_weights
 from lavin.saving_lavin import AUTO_MAP
+
+from .fit import check_checkpoints, check_processor
+from .folder import ADAPTER_AGAIN, AGAIN, MAKE, Folder, has_file
+from .report import FAIL, OK, Finding, Line, said
+from .weights import check_adapter, check_base_weights
 
 
 def model_checks(name: str) -> list[tuple[str, Callable, str]]:

@@ -8,8 +8,9 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 import lavin.recipes.quickstart
-from lavin.recipes.doctor.report import SKIP, Finding
-from lavin.recipes.init import init_folder
+
+from ..init import init_folder
+from .report import SKIP, Finding
 
 
 TOWERS = Path(lavin.recipes.quickstart.__file__).parent / "tiny"  # the quickstart's: 0.9M and 1.7M values

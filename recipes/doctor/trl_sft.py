@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lavin.recipes.doctor.report import FAIL, SKIP, Finding
+from .report import FAIL, SKIP, Finding
 
 
 PATIENCE = 120  # seconds, for a machine that is busy; it takes about 6

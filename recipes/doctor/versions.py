@@ -7,7 +7,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lavin.recipes.doctor.report import FAIL, OK, SKIP, Line
+from .report import FAIL, OK, SKIP, Line
 
 
 def check_versions() -> Iterator[Line]:

@@ -10,9 +10,10 @@ from tqdm import tqdm
 from lavin import MMAConfig
 from lavin.adapters_lavin import set_adapter_weights
 from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, read_adapter
-from lavin.recipes.doctor.folder import ADAPTER_AGAIN, Folder, local_file
-from lavin.recipes.doctor.report import FAIL, OK, SKIP, Finding, Line, said
-from lavin.recipes.init import meta_model
+
+from ..init import meta_model
+from .folder import ADAPTER_AGAIN, Folder, local_file
+from .report import FAIL, OK, SKIP, Finding, Line, said
 
 
 FIT_AGAIN = (

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import yaml
 
-from lavin.recipes.compare.runs import Run, run_all
-from lavin.recipes.compare.tiny import GPT2_PAIR, PAIR, make_base, make_data
-from lavin.recipes.report import markdown_table, spread
-from lavin.recipes.segments.recipe import read_recipe
-
+from ..compare.runs import Run, run_all
+from ..compare.tiny import GPT2_PAIR, PAIR, make_base, make_data
+from ..report import markdown_table, spread
+from ..segments.recipe import read_recipe
 from .views import write_views
 
 

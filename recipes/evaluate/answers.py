@@ -10,7 +10,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from lavin import images_lavin
-from lavin.recipes.load import eos_token_ids, is_full
+
+from ..load import eos_token_ids, is_full
 
 
 BATCH_SIZE = 16

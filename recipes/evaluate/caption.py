@@ -5,9 +5,8 @@ import os
 import shutil
 from collections import Counter
 
-from lavin.recipes.data.captions import PROMPT, Captions
-from lavin.recipes.report import markdown_table
-
+from ..data.captions import PROMPT, Captions
+from ..report import markdown_table
 from .ptb import ptb_words
 from .run import ask_model, check_positive, write_results
 

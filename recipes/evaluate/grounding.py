@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-from lavin.recipes.data.grounding import Grounding
-from lavin.recipes.report import markdown_table, percent
-
+from ..data.grounding import Grounding
+from ..report import markdown_table, percent
 from .boxes import draw_boxes, iou, parse_box
 from .run import ask_model, write_results
 

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lavin.recipes.data.scienceqa import ANSWER_START, LETTERS
-
+from ..data.scienceqa import ANSWER_START, LETTERS
 from .answers import run_batches
 
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from lavin.files_lavin import read_text
-from lavin.recipes.report import markdown_table
 
+from ..report import markdown_table
 from .run import ask_model, check_ids, read_answer_file, write_results
 
 

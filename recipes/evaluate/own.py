@@ -7,9 +7,9 @@ from pathlib import Path
 import yaml
 
 from lavin.files_lavin import read_text
-from lavin.recipes.data.scienceqa import LETTERS
-from lavin.recipes.report import markdown_table, percent
 
+from ..data.scienceqa import LETTERS
+from ..report import markdown_table, percent
 from .run import ask_model, write_results
 from .scienceqa import parse_letter, to_choice
 

@@ -3,9 +3,8 @@
 import os
 import re
 
-from lavin.recipes.data.pope import CATEGORIES, POPE
-from lavin.recipes.report import markdown_table
-
+from ..data.pope import CATEGORIES, POPE
+from ..report import markdown_table
 from .run import ask_model, write_results
 
 

@@ -50,9 +50,8 @@ def ask_model(
     Raises:
         `OSError`, `ValueError`: if model, images or the file of answers are not right; the message says what to do.
     """
-    from lavin.recipes.data.scienceqa import ANSWER_START, LETTERS
-    from lavin.recipes.load import default_device, default_dtype, load_model, load_processor
-
+    from ..data.scienceqa import ANSWER_START, LETTERS
+    from ..load import default_device, default_dtype, load_model, load_processor
     from .answers import BATCH_SIZE, generate_batches
     from .letters import letter_batches
     from .predictions import collect_answers, model_identity, questions_digest

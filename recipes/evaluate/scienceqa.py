@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from lavin.files_lavin import read_text
-from lavin.recipes.data.scienceqa import (
+
+from ..data.scienceqa import (
     LETTERS,
     ScienceQA,
     format_question,
@@ -14,8 +15,7 @@ from lavin.recipes.data.scienceqa import (
     read_captions,
     read_scienceqa,
 )
-from lavin.recipes.report import markdown_table, percent
-
+from ..report import markdown_table, percent
 from .run import ask_model, check_ids, read_answer_file, write_results
 
 

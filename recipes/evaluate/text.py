@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lavin.files_lavin import ADAPTER_NAME, read_text
-from lavin.recipes.load import default_device, default_dtype, load_model
-from lavin.recipes.report import markdown_table
 
+from ..load import default_device, default_dtype, load_model
+from ..report import markdown_table
 from .predictions import model_identity
 from .run import check_positive, write_results
 

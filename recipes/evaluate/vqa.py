@@ -3,9 +3,8 @@
 import os
 import re
 
-from lavin.recipes.data.vqa import VQA
-from lavin.recipes.report import markdown_table
-
+from ..data.vqa import VQA
+from ..report import markdown_table
 from .run import ask_model, check_positive, write_results
 
 

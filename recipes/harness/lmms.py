@@ -8,8 +8,8 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from lavin.recipes.evaluate.answers import generate_batches
-from lavin.recipes.load import load_model
+from ..evaluate.answers import generate_batches
+from ..load import load_model
 
 
 CHUNK = 32  # batches whose images are in memory at once, and among which rows are sorted by length

@@ -24,12 +24,11 @@ import yaml
 from safetensors import safe_open
 from tqdm import tqdm
 
-from lavin.recipes.data.rows import write_parquet
-from lavin.recipes.data.scienceqa import scienceqa_rows
-from lavin.recipes.figures import pyplot
-from lavin.recipes.machine import end_with_parent
-from lavin.recipes.report import spread
-
+from ..data.rows import write_parquet
+from ..data.scienceqa import scienceqa_rows
+from ..figures import pyplot
+from ..machine import end_with_parent
+from ..report import spread
 from .data import write_dataset
 from .evaluate import evaluate, load_questions
 from .quickstart import RECIPE, make_model, run_sft

@@ -4,8 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from lavin.recipes.data.scienceqa import image_path
-
+from ..data.scienceqa import image_path
 from .world import (
     Drawing,
     context_problem,

@@ -4,10 +4,10 @@ import random
 import time
 from pathlib import Path
 
-from lavin.recipes.evaluate import scienceqa
-from lavin.recipes.evaluate.answers import answer, read_image
-from lavin.recipes.evaluate.scienceqa import GROUPS, parse_letter
-from lavin.recipes.report import percent
+from ..evaluate import scienceqa
+from ..evaluate.answers import answer, read_image
+from ..evaluate.scienceqa import GROUPS, parse_letter
+from ..report import percent
 
 
 def load_questions(folder: str | Path, split: str = "test", prompt_format: str = "QCM-ALE") -> list[dict]:

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lavin.recipes.data.scienceqa import ANSWER_START, format_answer, format_question
-
+from ..data.scienceqa import ANSWER_START, format_answer, format_question
 from .copying import structured_start
 from .world import (
     ATTRIBUTES,

@@ -21,10 +21,10 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 
 from lavin.images_lavin import read_image
-from lavin.recipes.data.rows import write_parquet
-from lavin.recipes.data.scienceqa import LETTERS, format_answer, format_question, scienceqa_rows
-from lavin.recipes.figures import plot_loss, plot_routing, read_losses
 
+from ..data.rows import write_parquet
+from ..data.scienceqa import LETTERS, format_answer, format_question, scienceqa_rows
+from ..figures import plot_loss, plot_routing, read_losses
 from .data import write_dataset
 from .evaluate import evaluate, load_questions
 
@@ -51,7 +51,8 @@ def say(text: str):
 def make_model(folder: Path):
     """Joins the two tiny towers to a light folder (no weights: it names where they are), as `lavin init` does."""
     from lavin import LavinForConditionalGeneration, LavinProcessor
-    from lavin.recipes.init import init_folder
+
+    from ..init import init_folder
 
     init_folder(TINY / "vision", TINY / "text", folder, vision_feature_layers=TAPS)
     # The weights are stored as float16, which a CPU computes slowly.

@@ -17,7 +17,7 @@ def add_segments_parser(commands):
 
 
 def run_segments(recipe: str, overrides: list[str], dry_run: bool) -> int:
-    from lavin.recipes.segments.run import train_segments
+    from .run import train_segments
 
     try:
         return train_segments(recipe, overrides, dry_run)

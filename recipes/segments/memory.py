@@ -19,10 +19,11 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from lavin import LavinConfig, LavinForConditionalGeneration
-from lavin.recipes.machine import forget_peak, resident
-from lavin.recipes.segments.recipe import read_recipe
-from lavin.recipes.train.base import by_part
 from lavin.trainable_lavin import set_trainable, trained_names
+
+from ..machine import forget_peak, resident
+from ..train.base import by_part
+from .recipe import read_recipe
 
 
 def infmllm_config(width: float = 1 / 8, depth: float = 1 / 4) -> LavinConfig:

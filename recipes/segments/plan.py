@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from lavin.recipes.init import meta_model
-from lavin.recipes.report import duration, readable
-from lavin.recipes.segments.recipe import Segment
-from lavin.recipes.train.base import asked_patterns, base_bytes, by_part, trained_of_base
-from lavin.recipes.train.checks import hub_arguments
-from lavin.recipes.train.settings import Settings
-from lavin.recipes.train.train import Checked
+from ..init import meta_model
+from ..report import duration, readable
+from ..train.base import asked_patterns, base_bytes, by_part, trained_of_base
+from ..train.checks import hub_arguments
+from ..train.settings import Settings
+from ..train.train import Checked
+from .recipe import Segment
 
 
 @dataclass

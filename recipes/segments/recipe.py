@@ -8,8 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from lavin.recipes.train.settings import read_yaml
 from lavin.trainable_lavin import BOTH, check_patterns
+
+from ..train.settings import read_yaml
 
 
 # What `trainable` may name beside regular expressions. A decoder that has query and value in one map has no `q_and_v`.

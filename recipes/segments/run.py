@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from lavin.card_lavin import END
-from lavin.recipes.report import duration, readable
-from lavin.recipes.segments.plan import Cost, cost, measure_speed, plan
-from lavin.recipes.segments.recipe import OURS, Segment, read_recipe
-from lavin.recipes.train.checkpoints import list_checkpoints, read_state, step_of, weights_problem
-from lavin.recipes.train.checks import check_output, check_room
-from lavin.recipes.train.record import compare_record
-from lavin.recipes.train.settings import Settings, read_several
-from lavin.recipes.train.train import check_run, locked, train
+
+from ..report import duration, readable
+from ..train.checkpoints import list_checkpoints, read_state, step_of, weights_problem
+from ..train.checks import check_output, check_room
+from ..train.record import compare_record
+from ..train.settings import Settings, read_several
+from ..train.train import check_run, locked, train
+from .plan import Cost, cost, measure_speed, plan
+from .recipe import OURS, Segment, read_recipe
 
 
 RECORD = "segments.json"  # in the folder of the whole: what each finished segment was and gave

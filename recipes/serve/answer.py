@@ -3,7 +3,7 @@
 import json
 import re
 
-from lavin.recipes.evaluate.answers import decode
+from ..evaluate.answers import decode
 
 
 BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet

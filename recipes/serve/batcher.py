@@ -7,8 +7,7 @@ from collections import deque
 
 import torch
 
-from lavin.recipes.load import is_full
-
+from ..load import is_full
 from .batch import Ended, Failed, Row, RowBatch
 
 

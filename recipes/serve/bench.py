@@ -8,10 +8,9 @@ import statistics
 
 import torch
 
-from lavin.recipes.bench.models import DEFAULT, adapted_lavin, make_batch
-from lavin.recipes.bench.timing import interleave
-from lavin.recipes.machine import machine, one_thread_count
-
+from ..bench.models import DEFAULT, adapted_lavin, make_batch
+from ..bench.timing import interleave
+from ..machine import machine, one_thread_count
 from .answer import AnswerText
 from .batch import Row
 from .batcher import Batcher

@@ -55,6 +55,6 @@ def run_serve(**arguments):
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error}. `lavin serve` needs the extra: pip install 'lavin[serve]'") from error
-    from lavin.recipes.serve.server import serve
+    from .server import serve
 
     serve(**arguments)

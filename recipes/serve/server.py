@@ -10,8 +10,8 @@ from pathlib import Path
 import uvicorn
 
 from lavin.generation_lavin import context_length
-from lavin.recipes.load import eos_token_ids, load_model
 
+from ..load import eos_token_ids, load_model
 from .app import create_app
 from .batch import check_cache
 from .batcher import Batcher

@@ -4,8 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from lavin.recipes.quickstart.world import IMAGE_SIZE
-
+from ..quickstart.world import IMAGE_SIZE
 from .scenes import draw_scene
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from lavin.recipes.quickstart.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, KINDS, SIZES, outline
+from ..quickstart.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, KINDS, SIZES, outline
 
 
 CELLS = [(16, 16), (48, 16), (16, 48), (48, 48)]  # as in the quickstart: one thing in a quarter of the image

@@ -18,16 +18,15 @@ from pathlib import Path
 
 import torch
 
-from lavin.recipes.data.captions import Captions
-from lavin.recipes.data.grounding import Grounding
-from lavin.recipes.data.prepare import prepare
-from lavin.recipes.evaluate.caption import evaluate_caption, most_frequent, score_captions
-from lavin.recipes.evaluate.grounding import PICTURE, evaluate_grounding
-from lavin.recipes.figures import plot_loss, read_losses
-from lavin.recipes.init import init_folder
-from lavin.recipes.quickstart.quickstart import TAPS, TINY, say
-from lavin.recipes.report import markdown_table
-
+from ..data.captions import Captions
+from ..data.grounding import Grounding
+from ..data.prepare import prepare
+from ..evaluate.caption import evaluate_caption, most_frequent, score_captions
+from ..evaluate.grounding import PICTURE, evaluate_grounding
+from ..figures import plot_loss, read_losses
+from ..init import init_folder
+from ..quickstart.quickstart import TAPS, TINY, say
+from ..report import markdown_table
 from .data import SIZES, write_tasks
 
 

@@ -4,9 +4,10 @@ import torch
 
 from lavin import LavinConfig
 from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, find_file
-from lavin.recipes.init import meta_model
-from lavin.recipes.train.settings import Settings
 from lavin.trainable_lavin import BOTH, EXISTING_ADAPTER, QUANTISED, check_patterns, trained_names
+
+from ..init import meta_model
+from .settings import Settings
 
 
 LOW = ("bfloat16", "float16")

@@ -9,12 +9,13 @@ from lavin import LavinConfig, LavinProcessor, MMAConfig
 from lavin.configuration_lavin import OWN_FIELDS
 from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME, BASE_WEIGHTS, find_file, read_json, read_text
 from lavin.peft_lavin import training_config
-from lavin.recipes.init import meta_model
-from lavin.recipes.load import check_agreement, load_processor
-from lavin.recipes.report import readable
-from lavin.recipes.train.base import asked_patterns, check_base_options, trained_of_base
-from lavin.recipes.train.settings import Settings
 from lavin.saving_lavin import check_output_folder, local_checkpoints
+
+from ..init import meta_model
+from ..load import check_agreement, load_processor
+from ..report import readable
+from .base import asked_patterns, check_base_options, trained_of_base
+from .settings import Settings
 
 
 KEEPS_ALL = ("end", "checkpoint", "all_checkpoints")  # `hub_strategy`: after the run the whole folder is on the Hub

@@ -17,7 +17,7 @@ def add_train_parser(commands):
 
 
 def run_train(config: str, overrides: list[str], accelerate_config: str | None = None) -> int:
-    from lavin.recipes.train.train import train
+    from .train import train
 
     before = ["--accelerate_config", accelerate_config] if accelerate_config else []
     try:

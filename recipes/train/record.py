@@ -9,10 +9,11 @@ from datasets import Dataset
 from peft import PeftConfig
 
 from lavin import MMAConfig
-from lavin.recipes.train.base import asked_patterns
-from lavin.recipes.train.checkpoints import read_state, step_of
-from lavin.recipes.train.checks import asked_adapter
-from lavin.recipes.train.settings import Settings
+
+from .base import asked_patterns
+from .checkpoints import read_state, step_of
+from .checks import asked_adapter
+from .settings import Settings
 
 
 RECORD = "lavin_train.json"

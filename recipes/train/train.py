@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from lavin.files_lavin import ADAPTER_NAME
-from lavin.recipes.card import card_folder
-from lavin.recipes.report import readable
-from lavin.recipes.train.base import asked_patterns, base_bytes, by_part, rounding_warning, trained_of_base
-from lavin.recipes.train.checkpoints import (
+from lavin.saving_lavin import check_output_folder
+
+from ..card import card_folder
+from ..report import readable
+from .base import asked_patterns, base_bytes, by_part, rounding_warning, trained_of_base
+from .checkpoints import (
     STATE,
     checkpoint_problem,
     last_whole,
@@ -25,7 +27,7 @@ from lavin.recipes.train.checkpoints import (
     step_of,
     zero_ranks,
 )
-from lavin.recipes.train.checks import (
+from .checks import (
     check_model,
     check_options,
     check_output,
@@ -34,9 +36,8 @@ from lavin.recipes.train.checks import (
     choose_report_to,
     hub_arguments,
 )
-from lavin.recipes.train.launch import run_watched
-from lavin.recipes.train.settings import Settings, count_steps, read_settings, read_yaml
-from lavin.saving_lavin import check_output_folder
+from .launch import run_watched
+from .settings import Settings, count_steps, read_settings, read_yaml
 
 
 def train(
@@ -58,7 +59,7 @@ def train(
     """
     _say("Checking the recipe, the model and the rows ...")
     settings = settings or read_settings(config, list(overrides))
-    from lavin.recipes.train.record import compare_record, write_record
+    from .record import compare_record, write_record
 
     found = check_run(settings)
     output, steps, warnings = Path(settings["output_dir"]), found.steps, found.warnings
@@ -121,8 +122,8 @@ def check_run(settings: Settings) -> Checked:
     Raises:
         `OSError`, `ValueError`: if something would go wrong.
     """
-    from lavin.recipes.train.record import describe
-    from lavin.recipes.train.rows import check_columns, check_rows, load_rows, measure
+    from .record import describe
+    from .rows import check_columns, check_rows, load_rows, measure
 
     warnings = check_options(settings)
     check_output_folder(settings["output_dir"])
