@@ -33,7 +33,10 @@ UNREACHABLE = (
 def run(*command, **environment) -> subprocess.CompletedProcess:
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment = {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    # Not from the checkout, in which `lavin` is found without an installation.
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=environment, cwd=sys.prefix
+    )
 
 
 def check(done: subprocess.CompletedProcess) -> str:
