@@ -73,7 +73,7 @@ def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=N
     check_text(text_config.get_text_config(decoder=True), text)
     tokenizer = None
     if has_tokenizer(text, text_revision, hub):
-        processor = processor_of_pair(
+        processor = LavinProcessor.from_vision_text_pretrained(
             vision, text, vision_revision=vision_revision, text_revision=text_revision, **hub
         )
         tokenizer = processor.tokenizer
@@ -96,19 +96,20 @@ def config_of_pair(vision, text, vision_revision=None, text_revision=None, hub=N
 
 
 def processor_of_pair(
+    processor_class: type,
     vision: str,
     text: str,
-    num_image_tokens: int | None = None,
-    preprocessing: str = "lavin",
-    image_token: str = "<image>",
-    chat_template: str | None = None,
-    vision_revision: str | None = None,
-    text_revision: str | None = None,
-    image_size: int | None = None,
-    image_order: str = "first",
+    num_image_tokens: int | None,
+    preprocessing: str,
+    image_token: str,
+    chat_template: str | None,
+    vision_revision: str | None,
+    text_revision: str | None,
+    image_size: int | None,
+    image_order: str,
     **kwargs,
-) -> LavinProcessor:
-    """See [`LavinProcessor.from_vision_text_pretrained`]."""
+):
+    """See [`LavinProcessor.from_vision_text_pretrained`], which has the defaults."""
     revision = kwargs.pop("revision", None) or "main"
     config = vision_part(AutoConfig.from_pretrained(vision, revision=vision_revision or revision, **kwargs))
     for field in ("image_size", "num_hidden_layers"):
@@ -130,7 +131,7 @@ def processor_of_pair(
         chat_template = DEFAULT_CHAT_TEMPLATE.replace("<image >", broken(image_token))
         chat_template = chat_template.replace("<image>", image_token)
     tokenizer.chat_template = chat_template  # not the base model's: a reloaded folder has one template for both
-    return LavinProcessor(
+    return processor_class(
         image_processor=_image_processor(image_size, preprocessing),
         tokenizer=tokenizer,
         num_image_tokens=num_image_tokens,

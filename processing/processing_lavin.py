@@ -173,10 +173,10 @@ class LavinProcessor(ProcessorMixin):
             image_order (`str`, *optional*, defaults to `"first"`): `"first"` or `"interleaved"`, see above.
             kwargs: For `from_pretrained` of configuration and tokenizer (`token`, `cache_dir`, ...).
         """
-        given = {"image_token": image_token, "chat_template": chat_template, "image_order": image_order}
-        given |= {"num_image_tokens": num_image_tokens, "image_size": image_size, "preprocessing": preprocessing}
-        given |= {"vision_revision": vision_revision, "text_revision": text_revision}
-        return installed("pair").processor_of_pair(vision, text, **given, **kwargs)
+        return installed("pair").processor_of_pair(
+            cls, vision, text, num_image_tokens, preprocessing, image_token, chat_template, vision_revision,
+            text_revision, image_size, image_order, **kwargs,
+        )  # fmt: skip
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens

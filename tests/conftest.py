@@ -238,8 +238,9 @@ def pytest_sessionstart(session):
 
 # The files that take longest go first, so that no process of `--dist loadfile` works alone at the end.
 LONGEST = (
-    "test_families", "test_engines", "test_data", "test_recipe_runs", "test_train", "test_harness", "test_layouts",
-    "test_segments", "test_faults_machine", "test_trl", "test_bench", "test_tasks_tiny", "test_ablation",
+    "test_families", "test_engines", "test_data", "test_recipe_runs", "test_train_runs", "test_train_resume",
+    "test_harness", "test_layouts", "test_segments", "test_faults_machine", "test_trl", "test_bench",
+    "test_tasks_tiny", "test_ablation",
 )  # fmt: skip
 
 # Python 3.10 gets no newer than TRL 1.14, which cannot do these (docs/limits.md).

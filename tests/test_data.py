@@ -14,7 +14,7 @@ from datasets import load_dataset
 from PIL import Image
 from test_processing import assistant, llama, picture, render, user  # noqa: F401
 from test_processing import folders as folders
-from test_trl import light, sft  # noqa: F401
+from training import light, sft  # noqa: F401
 
 from lavin.recipes.cli import main
 from lavin.recipes.data.instructions import Instructions, user_turn

@@ -12,7 +12,6 @@ import pytest
 from test_data import colour, ids, load, problem, sqa, talk, turn_text, write_scienceqa  # noqa: F401  (a fixture)
 from test_processing import assistant, llama, picture, render, user  # noqa: F401
 from test_processing import folders as folders
-from test_trl import light, sft  # noqa: F401
 
 from lavin.recipes.cli import main
 from lavin.recipes.data.instructions import Instructions

@@ -14,7 +14,7 @@ import torch
 from conftest import VOCAB
 from faults import chat, folder, happened, inputs_of, lavin, refused  # noqa: F401
 from test_serve_batch import Numbers, ask, failing, model, offline, run, text_of  # noqa: F401
-from test_train import small_disk  # noqa: F401
+from training import small_disk  # noqa: F401
 from transformers import AutoModel
 
 from lavin.recipes.cli import main

@@ -11,7 +11,7 @@ from conftest import batch, difference, fill, pixels, tiny_config, tiny_lavin, t
 from PIL import Image
 from safetensors.torch import load_file
 from test_folders import run
-from test_trl import adapter, rows, sft  # noqa: F401  (rows: a fixture)
+from training import adapter, rows, sft  # noqa: F401  (rows: a fixture)
 from transformers import AutoModel, AutoProcessor, CLIPVisionConfig, LlamaConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module

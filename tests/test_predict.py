@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
-import test_trl
 import torch
+import training
 from conftest import VOCAB, pad, pixels, row, tiny_lavin, tiny_peft
 from datasets import load_dataset
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 
-light, rows = test_trl.light, test_trl.rows
+light, rows = training.light, training.rows
 IMAGES = (1, 0, 0, 0, 2, 1, 1)  # in batches of two: one image, none, three, one
 
 

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lavin import LavinForConditionalGeneration
 from lavin.processing_lavin import DEFAULT_CHAT_TEMPLATE, LavinProcessor
 
 
@@ -387,6 +388,21 @@ for source, target in [("first", "second"), ("second", "third")]:
         chat = [user(picture(), PROMPT), assistant(ANSWER)]
         processor, loaded = LavinProcessor.from_pretrained(first), LavinProcessor.from_pretrained(third)
         assert row_ids(loaded, *chat) == row_ids(processor, *chat)
+
+
+def test_a_subclass_makes_its_own(folders):
+    class Own(LavinProcessor):
+        pass
+
+    assert type(Own.from_vision_text_pretrained(folders / "vision", folders / "qwen")) is Own
+
+
+def test_making_one_takes_the_package(folders, monkeypatch):
+    """What only makes new ones does not travel with a folder."""
+    monkeypatch.setitem(sys.modules, "lavin.pair", None)
+    for made in (LavinProcessor, LavinForConditionalGeneration):
+        with pytest.raises(ImportError, match="To make a new LaVIN of two checkpoints, install `lavin`"):
+            made.from_vision_text_pretrained(folders / "vision", folders / "qwen")
 
 
 def test_no_call_of_its_own():

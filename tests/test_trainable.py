@@ -4,13 +4,13 @@ import json
 import os
 
 import pytest
-import test_trl
 import torch
+import training
 from conftest import batch, tiny_config, tiny_lavin
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from test_folders import run
-from test_trl import sft
+from training import sft
 from transformers import AutoModel
 
 from lavin import LavinForConditionalGeneration, MMAConfig
@@ -20,7 +20,7 @@ from lavin.recipes.train.settings import Settings
 from lavin.trainable_lavin import trained_names
 
 
-light, rows = test_trl.light, test_trl.rows
+light, rows = training.light, training.rows
 STAGE2 = ["vision_tower", "multi_modal_projector", r"language_model.*\.(q|v)_proj\."]
 
 

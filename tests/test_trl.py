@@ -8,7 +8,7 @@ import pytest
 import torch
 import training
 from test_folders import PUSH, run
-from training import DDP, ZERO3, adapter, distance, sft  # noqa: F401  (other tests take them from here)
+from training import adapter, distance, sft
 from transformers import AutoModel, AutoProcessor
 
 
