@@ -9,6 +9,7 @@ import pytest
 import training
 from datasets import Dataset
 from training import said
+from transformers import AutoModel
 
 from lavin import LavinConfig, LavinProcessor
 from lavin.recipes.train import checkpoints, record, train
@@ -174,6 +175,22 @@ def test_what_does_not_shape_the_training_may_change(light, recorded, tmp_path):
         file = checkpoint.parent / record.RECORD
         file.unlink() if text is None else file.write_text(text)
         assert record.compare_record(checkpoint, other) is None
+
+
+def test_another_adapter_than_the_checkpoints_is_refused(light, recorded):
+    """Of a run without a record, as after plain `trl sft`: the checkpoint's own adapter is compared."""
+    data, checkpoint = recorded
+    (checkpoint.parent / record.RECORD).unlink()
+    AutoModel.from_pretrained(light, mma={"r": 4, "dropout": 0.0}).save_pretrained(checkpoint)
+
+    def compare(**mma):
+        return record.compare_record(checkpoint, record_of(light, data, model_init_kwargs={"mma": mma}))
+
+    assert compare(r=4, dropout=0.0) is None
+    for mma, match in [({}, "(?s)dropout: 0.0 before, 0.1 now.* r: 4 before, 8 now"), ({"r": 4}, "dropout"),
+                       ({"r": 4, "dropout": 0.0, "text_mlp": True}, "text_mlp: false before, true now")]:  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            compare(**mma)
 
 
 def test_other_rows_are_refused(light, recorded):

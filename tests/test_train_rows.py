@@ -172,6 +172,7 @@ def test_data_files_that_are_not_there(tmp_path, rows):
         with pytest.raises(ValueError, match=match):
             load_rows({**DEFAULTS, "datasets": [{**SOURCE, "path": "parquet", "data_files": None, **source}]})
 
+    refused(r"datasets.0. has no `data_files`")
     (tmp_path / "other.parquet").write_bytes(b"")
     refused(
         r"trai\*.parquet. cannot be read: At least one valid data file", data_files=str(tmp_path / "trai*.parquet")

@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import PeftConfig
 
 from lavin import MMAConfig
+from lavin.files_lavin import ADAPTER_CONFIG, ADAPTER_NAME
 
 from .base import asked_patterns
 from .checkpoints import read_state, step_of
@@ -60,7 +61,7 @@ def describe(settings: Settings, model, rows, columns: list[str], measured: dict
     found = {
         **{name: settings[name] for name in SHAPING},
         "trainable": asked_patterns(settings),
-        **({f"adapter's {key}": _plain(getattr(adapter, key)) for key in ADAPTER} if adapter else {}),
+        **(_settings_of(adapter) if adapter else {}),
         "rows per step (processes x per_device_train_batch_size x gradient_accumulation_steps)": settings.processes
         * batch,
         "model": towers,
@@ -68,6 +69,10 @@ def describe(settings: Settings, model, rows, columns: list[str], measured: dict
         "steps": steps,
     }
     return json.loads(json.dumps(found, default=str))
+
+
+def _settings_of(adapter: MMAConfig) -> dict:
+    return {f"adapter's {key}": _plain(getattr(adapter, key)) for key in ADAPTER}
 
 
 def _plain(value):
@@ -83,7 +88,8 @@ def write_record(output: Path, record: dict):
 
 def compare_record(checkpoint: Path, new: dict) -> str | None:
     """
-    Compares a recipe with what a checkpoint was trained with. Where that is not known, nothing is said.
+    Compares a recipe with what a checkpoint was trained with: its record, and where that says nothing of the adapter
+    (as after plain `trl sft`), the checkpoint's own. Where nothing is known, nothing is said.
 
     Returns:
         `str` or `None`: a warning, if the run is to be longer than it was.
@@ -91,10 +97,15 @@ def compare_record(checkpoint: Path, new: dict) -> str | None:
     Raises:
         `ValueError`: if something that shapes the training is another.
     """
+    old, own = {}, checkpoint / ADAPTER_NAME
+    if (own / ADAPTER_CONFIG).is_file():
+        old = _settings_of(MMAConfig.from_pretrained(own))
+        if new.get("adapter's target_modules") is None:  # the default, of which a checkpoint holds what it became
+            del old["adapter's target_modules"]
     try:
-        old = json.loads((checkpoint.parent / RECORD).read_text(encoding="utf-8"))
+        old |= json.loads((checkpoint.parent / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        pass
     changed = {key: (old[key], value) for key, value in new.items() if key in old and old[key] != value}
     longer = None
     if changed.pop("steps", None):

@@ -15,6 +15,7 @@ FORM = (
     "Needed are conversational rows: `prompt` and `completion` (lists of messages) or `messages`, and `images`, a "
     "list per row that is empty where there is none. `lavin data` writes them."
 )
+FILE_KINDS = ("parquet", "json", "csv", "arrow", "text")
 SHOWN = 5  # rows named in a message
 ROWS_PER_PROCESS = 2000
 
@@ -33,6 +34,9 @@ def load_rows(values: dict):
         `ValueError`: if files are missing, empty or of another kind, or a split is not there.
     """
     if values["datasets"]:
+        for number, source in enumerate(values["datasets"]):
+            if source["path"] in FILE_KINDS and not (source["data_files"] or source["data_dir"]):
+                raise ValueError(f"datasets[{number}] has no `data_files`.")  # `datasets` would read this very folder
         sources, rest = list(values["datasets"]), {name: values[name] for name in ("streaming", "test_split_size")}
         load, arguments = get_dataset, (DatasetMixtureConfig(datasets=sources, **rest),)
     elif values["dataset_name"]:
